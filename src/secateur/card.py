@@ -1,0 +1,111 @@
+"""What a person reads of a run: the table of figures, dense against pruned, and the model card of the export."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from secateur.config import Config
+from secateur.plan import COSTLY, Rounding
+
+PAPER = "Deterministic Differentiable Structured Pruning for Large Language Models (arXiv 2603.08065)"
+
+Row = tuple[str, str, str, str]
+
+
+def human(count: float, unit: str = "") -> str:
+    """1,234,567 → `1.23 M`; with a unit such as B for bytes."""
+    for size, prefix in ((1e12, "T"), (1e9, "G" if unit else "B"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.2f} {prefix}{unit}"
+    return f"{count:.0f} {unit}".strip()
+
+
+def summary(results: Mapping[str, Any]) -> list[Row]:
+    """Rows of (figure, dense, pruned, change) from the content of eval.json."""
+    dense, pruned = results["dense"], results["pruned"]
+    figures = (
+        ("parameters", "parameters", ""),
+        ("parameters in heads and channels", "block_parameters", ""),
+        ("FLOPs a token", "flops_per_token", "FLOP"),
+        ("KV cache a token", "kv_bytes_per_token", "B"),
+        ("weights on disk", "disk_bytes", "B"),
+    )
+    rows: list[Row] = [
+        ("perplexity", f"{dense['perplexity']:.2f}", f"{pruned['perplexity']:.2f}",
+         f"{pruned['perplexity'] / dense['perplexity']:.2f} ×")
+    ]  # fmt: skip
+    for label, key, unit in figures:
+        change = f"−{1 - pruned[key] / dense[key]:.1%}" if dense[key] else ""
+        rows.append((label, human(dense[key], unit), human(pruned[key], unit), change))
+    return rows
+
+
+def warnings(results: Mapping[str, Any]) -> list[str]:
+    """What a user should know before trusting the model, from the content of eval.json."""
+    found, rounding = [], results["rounding"]
+    cost = rounding["held_out_planned"] - rounding["held_out_learned"]
+    if cost > COSTLY:
+        found.append(
+            f"rounding to the budget raised the held-out loss by {cost:.3f} nats a token: the gates left "
+            f"{rounding['open_gates']:.1%} open where {rounding['allowed']:.1%} are allowed. More steps, or the default "
+            "recipe, arrive closer"
+        )
+    return found
+
+
+def model_card(
+    config: Config,
+    shape: str,
+    rounding: Rounding,
+    results: Mapping[str, Any] | None,
+    verified: Mapping[str, Any] | None,
+) -> str:
+    """README.md of the exported checkpoint: what was done, with which data, and the figures as far as known."""
+    ragged = shape == "ragged"
+    recipe = config.learning
+    assert recipe is not None
+    header = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["pruned", "secateur"]}
+    if "/" in config.model and not config.model.startswith(("/", ".", "~")) and config.model.count("/") == 1:
+        header["base_model"] = config.model
+    name = config.model.rstrip("/").rsplit("/", 1)[-1]
+    code = ", trust_remote_code=True" if ragged else ""
+    widths = (
+        "Widths differ by layer (`per_layer_config`); `modeling_pruned.py` in this folder builds them."
+        if ragged
+        else "All layers have the same widths, so a stock class loads it and no code is needed."
+    )
+    lines = [
+        "---", yaml.safe_dump(header, sort_keys=False).strip(), "---", "", f"# {name}, pruned by {config.sparsity:.0%}", "",
+        f"{rounding.kept:.2%} of the parameters in attention heads and MLP channels were kept, by gates learned with "
+        f"[Secateur](https://arxiv.org/abs/2603.08065) ({PAPER}); the gate values are folded into the weights. {widths}",
+        "", "```python", "from transformers import AutoModelForCausalLM",
+        f'model = AutoModelForCausalLM.from_pretrained("PATH"{code})', "```", "", "## How it was made", "",
+        f"- base model: `{name}`; its weights were frozen, nothing was fine-tuned",
+        f"- calibration data: {_data_name(config.data)}",
+        f"- tokens: {config.steps} steps × {config.batch_size} × {config.seq_len} = "
+        f"{config.steps * config.batch_size * config.seq_len:,}",
+        f"- recipe: `{recipe.name}`, one budget per {config.per}, distillation weight {recipe.kd_weight:g}, seed "
+        f"{config.seed}",
+        f"- held-out loss with the gates as learned {rounding.held_out_learned:.4f}, as exported "
+        f"{rounding.held_out_planned:.4f} nats a token", "",
+    ]  # fmt: skip
+    if results is not None:
+        lines += ["## Figures", "", "| | dense | pruned | change |", "|---|---|---|---|"]
+        lines += [f"| {' | '.join(row)} |" for row in summary(results)]
+        lines += ["", f"Perplexity: {results['dense']['windows']} windows of {results['dense']['length']} tokens, "
+                  f"non-overlapping; {_data_name(results['text'])}.", ""]  # fmt: skip
+    if verified is not None:
+        for c in verified["comparisons"]:
+            lines.append(
+                f"Verified on {c['tokens']:,} tokens: in {c['dtype']} the logits of the gated and the exported model differ "
+                f"by at most {c['max_difference']:.1e}."
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _data_name(data: str) -> str:
+    if data == "self":
+        return "text that the model itself wrote"
+    return f"`{data.rstrip('/').rsplit('/', 1)[-1]}`" if data.startswith(("/", ".", "~")) else data

@@ -1,0 +1,310 @@
+"""The command line: a subcommand is one dataclass and one function; what a user can put right is one line, exit code 2.
+
+Help texts are the docstrings of the dataclasses' fields. `Config` serves `prune`; the stages read it from RUN.
+"""
+
+import argparse
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from secateur import __version__
+from secateur.config import LEARNING_FIELDS, Config, load_config
+from secateur.files import InputError
+
+if TYPE_CHECKING:
+    from secateur.run import Run
+
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+# --- options ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Prune(Config):
+    """Prune a model: learn gates, remove what they close, export, verify and evaluate the smaller model.
+
+    Example: secateur prune HuggingFaceTB/SmolLM2-135M --sparsity 0.2 --data texts/ --out runs/smol --steps 300
+    """
+
+    config: Path | None = None
+    """Take all settings from this file (RUN/config.yaml repeats a run); options given beside it win."""
+    resume: Path | None = None
+    """Go on with an interrupted run in this folder; its own settings apply."""
+
+
+@dataclass
+class Inspect:
+    """List what can be pruned in a model, and what is refused and why. Reads no weights."""
+
+    model: tyro.conf.Positional[str]
+    """Local folder, hub id, or GGUF file."""
+    trust_remote_code: bool = False
+    """Run modelling code that comes with the checkpoint."""
+
+
+@dataclass
+class Learn:
+    """Learn the gates of a run again, from its settings and data: gates.safetensors, metrics.jsonl."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
+
+
+@dataclass
+class Plan:
+    """Round the learned gates to the budget: plan.json."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    shape: Literal["ragged", "uniform"] | None = None
+    """Widths that differ by layer, or the same in all layers (default: the run's)."""
+
+
+@dataclass
+class Export(Plan):
+    """Write the pruned checkpoint, RUN/model. With --shape, plan anew for that shape first."""
+
+
+@dataclass
+class Verify:
+    """Compare the logits of the gated and the exported model on held-out text: verify.json."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
+
+
+@dataclass
+class Eval:
+    """Measure perplexity and sizes, dense against pruned: eval.json."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    eval_data: str | None = None
+    """Text for the perplexities (default: the run's)."""
+    eval_windows: int | None = None
+    """Windows of evaluation text (default: the run's)."""
+    eval_length: int | None = None
+    """Tokens a window (default: the run's)."""
+
+
+# --- commands --------------------------------------------------------------------------------------------------------
+
+
+def prune(options: Prune) -> None:
+    """`secateur prune`."""
+    from secateur.run import new_run, open_run
+
+    if options.resume is not None:
+        run = open_run(options.resume)
+    else:
+        run = new_run(Config(**{f.name: getattr(options, f.name) for f in fields(Config)}))
+    results = _staged(run, "prune")
+    _print_results(run, results)
+
+
+def inspect(options: Inspect) -> None:
+    """`secateur inspect`."""
+    from secateur.load import describe_pretrained
+    from secateur.units import unit_params
+
+    description, config = describe_pretrained(options.model, options.trust_remote_code)
+    total = sum(prod(shape) for shape in description.shapes.values())
+    rows: dict[tuple[str, int, int], list[int]] = {}
+    for g in description.groups:
+        rows.setdefault((g.kind, g.units, unit_params(g, description.shapes)), []).append(g.layer)
+    title = f"{options.model}: {config.model_type}, {config.num_hidden_layers} layers, {total:,} parameters"
+    table = Table(title=title, title_justify="left")
+    for column in ("units", "layers", "units a layer", "parameters a unit", "parameters", "share of model"):
+        table.add_column(column, justify="left" if column in ("units", "layers") else "right")
+    for (kind, units, params), layers in rows.items():
+        count = len(layers) * units * params
+        table.add_row(kind, _ranges(layers), f"{units:,}", f"{params:,}", f"{count:,}", f"{count / total:.1%}")
+    console.print(table)
+    console.print(f"{description.unit_parameters:,} parameters belong to units; --sparsity is a share of these.")
+    reasons: dict[str, list[str]] = {}
+    for refusal in description.refusals:
+        reasons.setdefault(refusal.reason, []).append(refusal.where)
+    for reason, places in reasons.items():
+        more = f" and {len(places) - 1} more" if len(places) > 1 else ""
+        console.print(f"stays whole: {places[0]}{more}: {reason}", markup=False)
+
+
+def learn(options: Learn) -> None:
+    """`secateur learn`."""
+    _staged(_open(options.run), "learn_stage")
+
+
+def plan(options: Plan) -> None:
+    """`secateur plan`."""
+    _plan, rounding = _staged(_open(options.run), "plan_stage", shape=options.shape)
+    console.print(
+        f"{rounding.kept:.2%} of the unit parameters kept ({rounding.allowed:.2%} allowed, {rounding.open_gates:.2%} as "
+        f"learned); held-out loss {rounding.held_out_learned:.4f} → {rounding.held_out_planned:.4f}"
+    )
+
+
+def export(options: Export) -> None:
+    """`secateur export`."""
+    run = _open(options.run)
+    _staged(run, "export_stage", shape=options.shape)
+    console.print(f"wrote {run.model}")
+
+
+def verify(options: Verify) -> None:
+    """`secateur verify`."""
+    for c in _staged(_open(options.run), "verify_stage"):
+        console.print(f"{c.dtype}: logits differ by at most {c.max_difference:.2g} on {c.tokens:,} tokens: passed")
+
+
+def evaluate(options: Eval) -> None:
+    """`secateur eval`."""
+    run = _open(options.run)
+    own = {name: value for name, value in vars(options).items() if name != "run" and value is not None}
+    run = replace(run, config=replace(run.config, **own))
+    _print_results(run, _staged(run, "eval_stage"))
+
+
+COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
+    "prune": (Prune, prune),
+    "inspect": (Inspect, inspect),
+    "learn": (Learn, learn),
+    "plan": (Plan, plan),
+    "export": (Export, export),
+    "verify": (Verify, verify),
+    "eval": (Eval, evaluate),
+}
+
+
+# --- what they share -------------------------------------------------------------------------------------------------
+
+
+def _open(folder: Path) -> "Run":
+    from secateur.run import open_run
+
+    return open_run(folder)
+
+
+def _staged(run: "Run", stage: str, **options: Any) -> Any:
+    """Runs a stage, or all of them, with progress on the screen."""
+    from secateur import stages
+    from secateur.progress import Screen
+
+    console.print(f"run folder: {run.folder}")
+    try:
+        with Screen(console, run.config) as screen:
+            return getattr(stages, stage)(stages.Session(run, screen), **options)
+    except KeyboardInterrupt:
+        again = f"secateur prune --resume {run.folder}" if stage == "prune" else "the same command"
+        errors.print(f"interrupted; nothing is lost, go on with: {again}")
+        sys.exit(130)
+    except stages.VerificationFailed as error:
+        errors.print(f"secateur: {error}", markup=False)
+        sys.exit(1)
+
+
+def _print_results(run: "Run", results: dict[str, Any]) -> None:
+    from secateur.card import summary, warnings
+
+    table = Table(title=f"{run.config.model} → {run.model}", title_justify="left")
+    for column in ("", "dense", "pruned", "change"):
+        table.add_column(column, justify="right" if column else "left")
+    for row in summary(results):
+        table.add_row(*row)
+    console.print(table)
+    measured = results["dense"]
+    console.print(
+        f"perplexity on {measured['windows']} windows of {measured['length']} tokens, {results['text']}; FLOPs without "
+        "attention over the context", markup=False,
+    )  # fmt: skip
+    seconds = ", ".join(f"{stage} {took:.0f} s" for stage, took in results["seconds"].items())
+    console.print(f"time: {seconds}")
+    for warning in warnings(results):
+        console.print(f"[yellow]warning:[/yellow] {warning}")
+
+
+def _ranges(layers: Sequence[int]) -> str:
+    """[0, 1, 2, 5] → `0–2, 5`."""
+    spans: list[list[int]] = []
+    for layer in sorted(layers):
+        if spans and layer == spans[-1][-1] + 1:
+            spans[-1].append(layer)
+        else:
+            spans.append([layer])
+    return ", ".join(f"{s[0]}–{s[-1]}" if len(s) > 1 else str(s[0]) for s in spans)
+
+
+def _defaults(arguments: Sequence[str]) -> Prune | None:
+    """The settings that `--config` or `--resume` bring, as defaults for the other options of `prune`."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path)
+    parser.add_argument("--resume", type=Path)
+    given, _ = parser.parse_known_args(arguments)
+    path = given.config if given.config is not None else given.resume and given.resume / "config.yaml"
+    return None if path is None else Prune(**vars(load_config(path)), config=given.config, resume=given.resume)
+
+
+def _parse(name: str, arguments: Sequence[str]) -> Any:
+    kind = COMMANDS[name][0]
+    default = _defaults(arguments) if kind is Prune else None
+    if default is None:
+        return tyro.cli(kind, args=arguments, prog=f"secateur {name}")
+    options = tyro.cli(kind, args=arguments, prog=f"secateur {name}", default=replace(default))
+    if any(getattr(options, f) != getattr(default, f) for f in LEARNING_FIELDS):
+        options.learning = None
+    return options
+
+
+def _overview() -> None:
+    console.print(f"secateur {__version__}: makes language models smaller by structured pruning\n")
+    for name, (kind, _function) in COMMANDS.items():
+        console.print(f"  secateur {name:<8} {(kind.__doc__ or '').splitlines()[0]}", markup=False)
+    console.print("\n`secateur COMMAND --help` lists a command's options.")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point. Exit codes: 0 done, 1 the export failed verification, 2 bad input, 130 interrupted."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    name = arguments[0] if arguments else "--help"
+    if name in ("-h", "--help"):
+        return _overview()
+    if name == "--version":
+        return console.print(__version__)
+    if name not in COMMANDS:
+        errors.print(f"secateur: no command {name!r}; there are {', '.join(COMMANDS)}", markup=False)
+        sys.exit(2)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        options = _parse(name, arguments[1:])
+        _prepare()
+        COMMANDS[name][1](options)
+    except KeyboardInterrupt:
+        errors.print("interrupted")
+        sys.exit(130)
+    except InputError as error:
+        errors.print(f"secateur: {error}", markup=False)
+        sys.exit(2)
+    except OSError as error:
+        errors.print(f"secateur: {error.strerror or error}: {error.filename or 'while reading or writing'}", markup=False)
+        sys.exit(2)
+    return None
+
+
+def _prepare() -> None:
+    """Quietens libraries whose bars and notices would break ours, and sets up the CPU."""
+    import torch
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_flush_denormal(True)

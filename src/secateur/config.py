@@ -1,0 +1,199 @@
+"""Everything a run decides, in one dataclass: the source of `--help`, of RUN/config.yaml and of the docs.
+
+`Config` is what a user sets; `Recipe` is how the gates are learned, chosen by name (`--recipe`) and complete in itself,
+so that config.yaml repeats a run even if a later version changes the defaults.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import tyro
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from secateur.files import InputError, write_text
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Step sizes and schedules of the learning loop (method.md section 3). All rates decay along a cosine to zero."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    name: str
+    lr: float
+    """Step size of the gates z: about how far Adam moves a gate in a step."""
+    betas: tuple[float, float]
+    """Adam's averages of the gradient and of its square."""
+    warmup_steps: int
+    """Steps over which rates rise linearly from zero."""
+    kd_weight: float
+    """η, weight of the distillation term beside the cross-entropy."""
+    kd_temperature: float
+    """τ, temperature of the distillation term."""
+    init_noise: float
+    """Standard deviation of z around 1 at the start."""
+    mu_start: float
+    """μ_0, half the width of the retention score at the start."""
+    mu_end: float
+    """μ_T, the same at the end: the score is then nearly the indicator of z > 0."""
+    dual_lr: tuple[float, float, float]
+    """Ascent rates of λ₁ (violation), λ₂ (its square) and λ₃ (undecided units)."""
+    dual_start: tuple[float, float, float]
+    """Initial λ₁, λ₂, λ₃."""
+    adam_duals: bool
+    """Adam ascends the duals (the released recipe); otherwise plain gradient ascent, in units of the loss gradient."""
+    sensitivity_blocks: int
+    """Blocks whose loss sensitivity sets the step size of each gate; 0 gives all gates the same step."""
+    ramp: float
+    """Share of the steps over which the budget tightens from nothing to the target; 0 asks for all of it at once."""
+    settle: float
+    """Share of the steps, at the end, in which the kept set is fixed and only gate values are learned."""
+
+
+def paper_recipe(steps: int) -> Recipe:
+    """The released recipe to the letter (method.md section 3), made for 1,000 steps of 16 × 2,048 tokens."""
+    return Recipe(
+        name="paper", lr=2e-2, betas=(0.9, 0.999), warmup_steps=min(100, steps), kd_weight=2.0, kd_temperature=1.0,
+        init_noise=0.01, mu_start=0.5, mu_end=0.1, dual_lr=(2e-2, 4e-1, 2e-2), dual_start=(0.0, 0.0, 0.0),
+        adam_duals=True, sensitivity_blocks=0, ramp=0.0, settle=0.0,
+    )  # fmt: skip
+
+
+def auto_recipe(steps: int) -> Recipe:
+    """The default: the same method with step sizes, duals and schedules that fit any number of steps (docs/study.md)."""
+    return Recipe(
+        name="auto", lr=0.6 / steps**0.5, betas=(0.9, 0.99), warmup_steps=max(1, steps // 20), kd_weight=100.0,
+        kd_temperature=1.0, init_noise=0.0, mu_start=0.5, mu_end=0.05,
+        dual_lr=(50.0 / steps, 50.0 / steps, 5.0 / steps), dual_start=(0.0, 5.0, 0.0), adam_duals=False,
+        sensitivity_blocks=16, ramp=0.5, settle=0.25,
+    )  # fmt: skip
+
+
+Scope = Literal["model", "kind", "layer"]
+
+RECIPES = {"auto": auto_recipe, "paper": paper_recipe}
+
+
+@dataclass
+class Config:
+    """Settings of a pruning run. RUN/config.yaml holds all of them, as resolved."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    model: tyro.conf.Positional[str]
+    """Local folder, hub id, or GGUF file of a causal language model."""
+    sparsity: float
+    """Share of the parameters that belong to units (heads, channels) to remove, between 0 and 1."""
+    data: str = "self"
+    """Calibration text: a file or folder (.txt, .jsonl, .parquet; .gz, .zst), a dataset on the hub, or `self` for text
+    that the model itself writes."""
+    out: Path | None = None
+    """Folder of the run; by default a new folder under runs/."""
+    steps: int = 1000
+    """Learning steps. Steps × batch size × sequence length is the number of tokens spent."""
+    seq_len: int = 2048
+    """Tokens a sequence."""
+    batch_size: int = 4
+    """Sequences a step."""
+    seed: int = 0
+    """Seed of the order of the data; nothing else is random."""
+    recipe: Literal["auto", "paper"] = "auto"
+    """`auto` fits step sizes and schedules to the number of steps; `paper` is the released recipe to the letter."""
+    lr: float | None = None
+    """Step size of the gates (default: the recipe's)."""
+    kd_weight: float | None = None
+    """Weight η of the distillation term (default: the recipe's)."""
+    kd_temperature: float | None = None
+    """Temperature τ of the distillation term (default: the recipe's)."""
+    per: Scope | None = None
+    """One budget over the whole model, one for each kind of unit, or equal widths in all layers. Default: `layer` when
+    the shape is uniform, `kind` with the paper's recipe, else `model`."""
+    shape: Literal["ragged", "uniform"] = "ragged"
+    """Widths of the export: `ragged` lets every layer have its own, `uniform` gives a stock configuration, no code."""
+    text_column: str = "text"
+    """Column of JSONL, Parquet or hub data that holds the text."""
+    epochs: int = 1
+    """How many times each calibration token may be used, for small data."""
+    held_out_tokens: int = 8192
+    """Tokens of held-out documents on which losses before and after are measured."""
+    eval_data: str | None = None
+    """Text for the perplexities of the final table (default: the held-out part of the data)."""
+    eval_windows: int = 20
+    """Windows of evaluation text, non-overlapping, from its start."""
+    eval_length: int = 512
+    """Tokens a window."""
+    device: str = "auto"
+    """Device to learn on: `cuda`, `cuda:1`, `mps`, `cpu`; `auto` takes the first accelerator."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """dtype of the frozen weights while learning; `auto`: the checkpoint's on an accelerator, float32 on CPU. Gates are
+    float32 always; the export keeps the checkpoint's dtype."""
+    max_shard_size: str = "5GB"
+    """Largest safetensors file of the export."""
+    checkpoint_every: int = 50
+    """Steps between checkpoints, from which an interrupted run resumes."""
+    trust_remote_code: bool = False
+    """Run modelling code that comes with the checkpoint."""
+    learning: tyro.conf.Suppress[Recipe | None] = None
+    """The recipe as resolved for these settings; written to config.yaml, which repeats it exactly."""
+
+    def __post_init__(self) -> None:
+        """Raises InputError for settings that are out of range or contradict each other."""
+        if not 0 < self.sparsity < 1:
+            raise InputError(f"--sparsity must lie between 0 and 1, not {self.sparsity}: it is the share to remove")
+        for name in ("steps", "batch_size", "epochs", "eval_windows", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        for name in ("seq_len", "eval_length"):
+            if getattr(self, name) < 2:
+                raise InputError(f"--{name.replace('_', '-')} must be at least 2 tokens, not {getattr(self, name)}")
+        if self.held_out_tokens < self.seq_len:
+            self.held_out_tokens = self.seq_len
+        if self.lr is not None and self.lr <= 0:
+            raise InputError(f"--lr must be above 0, not {self.lr}")
+        if self.kd_weight is not None and self.kd_weight < 0:
+            raise InputError(f"--kd-weight must be at least 0, not {self.kd_weight}")
+        if self.kd_temperature is not None and self.kd_temperature <= 0:
+            raise InputError(f"--kd-temperature must be above 0, not {self.kd_temperature}")
+        if self.shape == "uniform" and self.per not in (None, "layer"):
+            raise InputError(f"--shape uniform needs equal widths, so --per {self.per} contradicts it; use --per layer")
+
+    def resolved(self) -> "Config":
+        """The same settings with every default filled in, the recipe included."""
+        recipe = self.learning or RECIPES[self.recipe](self.steps)
+        recipe = replace(
+            recipe,
+            lr=recipe.lr if self.lr is None else self.lr,
+            kd_weight=recipe.kd_weight if self.kd_weight is None else self.kd_weight,
+            kd_temperature=recipe.kd_temperature if self.kd_temperature is None else self.kd_temperature,
+        )
+        per: Scope = "layer" if self.shape == "uniform" else "kind" if recipe.name == "paper" else "model"
+        return replace(self, per=self.per or per, learning=recipe)
+
+
+LEARNING_FIELDS = ("recipe", "steps", "lr", "kd_weight", "kd_temperature")
+"""Settings that the recipe follows from: changing one of them over a config file resolves the recipe anew."""
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Writes all settings but the output folder, so that `secateur prune --config FILE` repeats the run elsewhere."""
+    values = TypeAdapter(Config).dump_python(config, mode="json")
+    del values["out"]
+    write_text(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+
+def load_config(path: Path) -> Config:
+    """Reads a config file. Raises InputError that names the file and the wrong field."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing: not the folder of a run, or `secateur prune` never started there") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not readable YAML: {str(error).splitlines()[0]}") from None
+    try:
+        return TypeAdapter(Config).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "settings"
+        raise InputError(f"{path}: {where}: {first['msg']}; `secateur prune --help` lists the settings") from None

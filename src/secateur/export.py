@@ -1,0 +1,248 @@
+"""Model + plan → an ordinary Hugging Face checkpoint: weights, configuration, tokenizer, model card. `secateur export`.
+
+Two shapes. Uniform: the same widths in every layer, said by the stock configuration; no code is needed to load it.
+Ragged: widths differ by layer, said by `config.per_layer_config`, the standard key for that; transformers ships the
+configuration's side of it only, so `modeling_pruned.py` goes into the checkpoint. Before any weight is written, the
+class that the user will load is built on the meta device, and its shapes are compared with the plan's.
+"""
+
+import copy
+import importlib.util
+import json
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub.errors import StrictDataclassError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from secateur import modeling_pruned
+from secateur.describe import Description, head_dim
+from secateur.files import InputError, replacing, write_json, write_text
+from secateur.plan import Plan
+from secateur.slicing import pruned_shapes, sliced
+
+EXPORT_FORMAT = 1
+MODELING_FILE = "modeling_pruned.py"
+AUTO_MAP = {
+    "AutoConfig": "modeling_pruned.PrunedConfig",
+    "AutoModel": "modeling_pruned.PrunedModel",
+    "AutoModelForCausalLM": "modeling_pruned.PrunedForCausalLM",
+}
+
+
+def export(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    description: Description,
+    plan: Plan,
+    folder: Path,
+    *,
+    card: str | None = None,
+    max_shard_size: int | str = "5GB",
+    dtype: torch.dtype | None = None,
+    base_model: str | None = None,
+) -> None:
+    """Writes the pruned checkpoint to `folder`, which appears when it is complete and replaces what was there.
+
+    `tokenizer` may be None; `card` is the README.md; `dtype` None keeps each weight's own. Memory: model and a shard.
+    Raises InputError when the plan's widths cannot be said in the shape it asks for.
+    """
+    stock = _stock_class(type(model))
+    values = _config_values(model.config, description, dtype or model.dtype, base_model)
+    ragged = _ragged(values, description, plan)
+    with replacing(folder) as temporary:
+        temporary.mkdir()
+        if plan.shape == "uniform" or not ragged["per_layer_config"]:
+            skeleton = _write_uniform(values, stock, description, plan, temporary)
+        else:
+            write_json(temporary / "config.json", ragged)
+            write_text(temporary / MODELING_FILE, _modeling_text(stock, _stock_class(type(model.base_model))))
+            skeleton = _pruned_skeleton(temporary)
+        _check_shapes(skeleton, description, plan)
+        _write_weights(model, description, plan, temporary, max_shard_size, dtype)
+        if getattr(model, "generation_config", None) is not None:
+            write_text(temporary / "generation_config.json", model.generation_config.to_json_string())
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        if card is not None:
+            write_text(temporary / "README.md", card)
+
+
+# --- configuration ---------------------------------------------------------------------------------------------------
+
+
+def _config_values(
+    config: PreTrainedConfig, description: Description, dtype: torch.dtype, base_model: str | None
+) -> dict[str, Any]:
+    """What config.json says of the unpruned model, with the head size spelled out."""
+    config = copy.deepcopy(config)
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        method = quantization["quant_method"] if isinstance(quantization, dict) else quantization.quant_method
+        if getattr(method, "value", method) != "gguf":
+            raise InputError(f"the model is quantised ({method}); prune its full-precision checkpoint, then quantise")
+        del config.quantization_config  # transformers has turned GGUF blocks into plain weights
+    values: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
+    values.pop("auto_map", None)
+    values["dtype"] = str(dtype).removeprefix("torch.")
+    if any(group.kind != "channels" for group in description.groups):
+        values["head_dim"] = head_dim(config)
+    earlier = values.get("secateur", {"base_model": base_model, "closed": {}})
+    return values | {"secateur": {"format": EXPORT_FORMAT, **earlier}}
+
+
+def _ragged(values: dict[str, Any], description: Description, plan: Plan) -> dict[str, Any]:
+    """Adds per-layer widths where they differ from the unpruned ones, and the sublayers that are gone."""
+    widths = {int(layer): dict(keys) for layer, keys in values.get("per_layer_config", {}).items()}
+    closed = dict(values["secateur"]["closed"])
+    for group in description.groups:
+        kept = len(plan.kept[group.name])
+        if kept < group.units:
+            widths.setdefault(group.layer, {}).update({key: kept * per_unit for key, per_unit in group.sizes})
+        if kept == 0:
+            *_, sublayer, writer = group.gate_at.split(".")
+            closed[str(group.layer)] = [*closed.get(str(group.layer), []), [group.kind, sublayer, writer]]
+    return values | {
+        "architectures": ["PrunedForCausalLM"],
+        "auto_map": AUTO_MAP,
+        "per_layer_config": {str(layer): widths[layer] for layer in sorted(widths)},
+        "secateur": values["secateur"] | {"closed": closed},
+    }
+
+
+def _write_uniform(
+    values: dict[str, Any], stock: type[PreTrainedModel], description: Description, plan: Plan, folder: Path
+) -> nn.Module:
+    """Writes a stock config.json with one width for all layers; returns the model it gives, on the meta device."""
+    widths: dict[str, Counter[int]] = {}
+    for group in description.groups:
+        for key, per_unit in group.sizes:
+            widths.setdefault(key, Counter())[len(plan.kept[group.name]) * per_unit] += 1
+    for key, counts in widths.items():
+        if len(counts) > 1 or 0 in counts:
+            found = ", ".join(f"{width} in {layers} layers" for width, layers in sorted(counts.items()))
+            raise InputError(
+                f"a uniform shape needs one {key} above 0 for all layers, the plan has {found}; "
+                "plan again with `--shape uniform` or export with `--shape ragged`"
+            )
+    values = values | {key: next(iter(counts)) for key, counts in widths.items()}
+    values |= {"architectures": [stock.__name__]}
+    values.pop("per_layer_config", None)
+    try:
+        return _stock_skeleton(values, folder)
+    except (ValueError, StrictDataclassError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        name = stock.config_class.__name__
+        if values["model_type"] != "llama":
+            raise InputError(f"{name} refuses these widths: {reason} Export with `--shape ragged`") from None
+        return _stock_skeleton(_as_mistral(values, reason), folder)
+
+
+def _stock_skeleton(values: dict[str, Any], folder: Path) -> nn.Module:
+    write_json(folder / "config.json", values)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+
+
+def _as_mistral(values: dict[str, Any], reason: str) -> dict[str, Any]:
+    """Mistral is the same network, and its configuration takes any head count."""
+    biases = [key for key in ("attention_bias", "mlp_bias") if values.get(key)]
+    if biases:
+        raise InputError(
+            f"LlamaConfig refuses these widths, MistralConfig takes them but has no {biases[0]}: {reason} "
+            "Export with `--shape ragged`"
+        )
+    unknown = {"attention_bias", "mlp_bias", "pretraining_tp"}
+    kept = {key: value for key, value in values.items() if key not in unknown}
+    return kept | {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
+
+
+# --- the class that will be loaded -----------------------------------------------------------------------------------
+
+
+def _stock_class(cls: type) -> type[PreTrainedModel]:
+    """The class of transformers itself that `cls` is or, in a checkpoint pruned before, extends."""
+    for base in cls.__mro__:
+        if base.__module__.startswith("transformers.models."):
+            return base
+    raise InputError(
+        f"{cls.__name__} is code from a checkpoint, not from transformers; its pruned form cannot be written"
+    )
+
+
+def _modeling_text(stock: type[PreTrainedModel], stock_base: type[PreTrainedModel]) -> str:
+    """modeling_pruned.py with the imports of this architecture in the place of Llama's."""
+    text = Path(modeling_pruned.__file__).read_text(encoding="utf-8")
+    for cls, alias in ((stock.config_class, "StockConfig"), (stock, "StockForCausalLM"), (stock_base, "StockModel")):
+        line = f"from {cls.__module__} import {cls.__name__} as {alias}"
+        text, count = re.subn(rf"^from .* as {alias}  # stock$", line, text, flags=re.MULTILINE)
+        assert count == 1, f"no import of {alias} in {MODELING_FILE}"
+    return text
+
+
+def _pruned_skeleton(folder: Path) -> nn.Module:
+    """The model on the meta device, built by the very files that go into the checkpoint."""
+    name = f"secateur_export_{id(folder)}"
+    spec = importlib.util.spec_from_file_location(name, folder / MODELING_FILE)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up while the class is made
+    try:
+        spec.loader.exec_module(module)
+        config = module.PrunedConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            return module.PrunedForCausalLM(config)
+    finally:
+        del sys.modules[name]
+
+
+def _check_shapes(skeleton: nn.Module, description: Description, plan: Plan) -> None:
+    expected = pruned_shapes(description, plan)
+    actual = {name: tuple(p.shape) for name, p in skeleton.named_parameters()}
+    for name in [*expected, *actual]:
+        if expected.get(name) != actual.get(name):
+            raise InputError(
+                f"{type(skeleton).__name__} cannot hold this plan in `{plan.shape}` shape: {name} would be "
+                f"{actual.get(name, 'absent')}, the plan leaves {expected.get(name, 'nothing')}"
+            )
+
+
+# --- weights ---------------------------------------------------------------------------------------------------------
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, tied ones once, then the buffers that checkpoints hold."""
+    yield from ((name, parameter.data) for name, parameter in model.named_parameters())
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    yield from ((name, tensor) for name, tensor in model.state_dict().items() if name not in parameters)
+
+
+def _write_weights(
+    model: nn.Module, description: Description, plan: Plan, folder: Path, max_shard_size: int | str, dtype: Any
+) -> None:
+    """Safetensors files, each written when its last tensor has been cut."""
+    on_meta = ((name, tensor.to("meta")) for name, tensor in _tensors(model))
+    shards = split_torch_state_dict_into_shards(
+        dict(sliced(on_meta, description, plan, dtype)),
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    )
+    file_of = {name: file for file, names in shards.filename_to_tensors.items() for name in names}
+    pending: dict[str, dict[str, Tensor]] = {file: {} for file in shards.filename_to_tensors}
+    for name, tensor in sliced(_tensors(model), description, plan, dtype):
+        file = file_of[name]
+        pending[file][name] = tensor.contiguous().cpu()
+        if len(pending[file]) == len(shards.filename_to_tensors[file]):
+            save_file(pending.pop(file), folder / file, metadata={"format": "pt"})
+    assert not pending, f"tensors missing for {sorted(pending)}"
+    if shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": dict(sorted(file_of.items()))}
+        write_json(folder / "model.safetensors.index.json", index)

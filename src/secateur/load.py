@@ -1,0 +1,113 @@
+"""Models and tokenizers from a folder, the hub or a GGUF file, with errors that say what is wrong and what to do.
+
+Only safetensors and GGUF weights are read, never pickles; code from a checkpoint runs only on request.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from secateur.describe import Description, check_causal, describe
+from secateur.files import InputError
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to be pruned."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    description: Description
+    checkpoint_dtype: torch.dtype
+    """dtype that the checkpoint's weights are kept in, which the export keeps."""
+
+
+def load(name: str, device: str, dtype: str, trust_remote_code: bool) -> Loaded:
+    """Loads a causal LM and its tokenizer, in eval mode and without gradients. Raises InputError with one line."""
+    where = _source(name)
+    config = load_config_of(name, trust_remote_code)
+    target = pick_device(device)
+    own_dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    wanted = own_dtype if target.type != "cpu" else torch.float32
+    model = _one_line(
+        lambda: AutoModelForCausalLM.from_pretrained(
+            **where,
+            dtype=wanted if dtype == "auto" else getattr(torch, dtype),
+            use_safetensors=None if "gguf_file" in where else True,
+            trust_remote_code=trust_remote_code,
+        ),
+        f"cannot load the weights of {name}",
+    )
+    tokenizer = _one_line(
+        lambda: AutoTokenizer.from_pretrained(**where, trust_remote_code=trust_remote_code),
+        f"cannot load the tokenizer of {name}",
+    )
+    model = model.to(target).eval().requires_grad_(False)
+    return Loaded(model, tokenizer, describe(model), own_dtype)
+
+
+def describe_pretrained(name: str, trust_remote_code: bool = False) -> tuple[Description, PreTrainedConfig]:
+    """What can be pruned in a model, from its configuration alone: it is built on the meta device, no weight is read."""
+    config = load_config_of(name, trust_remote_code)
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    return describe(skeleton), config
+
+
+def load_config_of(name: str, trust_remote_code: bool) -> PreTrainedConfig:
+    """The configuration of a model, checked to be a causal LM's. Raises InputError with one line."""
+    config = _one_line(
+        lambda: AutoConfig.from_pretrained(**_source(name), trust_remote_code=trust_remote_code),
+        f"cannot read the configuration of {name}",
+    )
+    check_causal(config)
+    return config
+
+
+def pick_device(device: str) -> torch.device:
+    """The device by name; `auto` is the first accelerator, else the CPU. Raises InputError for one that is not there."""
+    if device == "auto":
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return accelerator or torch.device("cpu")
+    try:
+        torch.empty(0, device=device)
+        return torch.device(device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {device} is not usable here: {str(error).splitlines()[0]}") from None
+
+
+def _source(name: str) -> dict[str, str]:
+    """Arguments of `from_pretrained` for a folder, a hub id or a GGUF file."""
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise InputError(f"no such GGUF file: {name}")
+        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(f"{name} is not a model folder: it has no config.json")
+        return {"pretrained_model_name_or_path": str(path)}
+    if path.is_file() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise InputError(f"{name} is neither a model folder, a GGUF file nor a hub id (owner/name)")
+    return {"pretrained_model_name_or_path": name}
+
+
+def _one_line(load, what: str):  # type: ignore[no-untyped-def]
+    """Runs a loader of transformers; its many kinds of errors become one line."""
+    try:
+        return load()
+    except SafetensorError as error:
+        raise InputError(f"{what}: a safetensors file is truncated or broken ({error}); download it again") from None
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise InputError(f"{what}: {lines[0]}") from None

@@ -1,0 +1,123 @@
+"""A causal LM pruned by Secateur: the stock model, its decoder layers built to the widths of `config.per_layer_config`.
+
+This file travels in the checkpoint (`auto_map`) and needs only torch and transformers ≥ 5.16. A layer whose heads or
+channels are all gone gets a constant in the place of the sublayer. The three imports marked `stock` are those of the
+checkpoint's own architecture: export writes them.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.llama.configuration_llama import LlamaConfig as StockConfig  # stock
+from transformers.models.llama.modeling_llama import LlamaForCausalLM as StockForCausalLM  # stock
+from transformers.models.llama.modeling_llama import LlamaModel as StockModel  # stock
+
+
+@strict
+class PrunedConfig(StockConfig):
+    """The stock configuration without its demand that the head count divides the hidden size."""
+
+    def validate_architecture(self) -> None:
+        """Any number of heads is fine: `head_dim` is written out."""
+
+
+class Constant(nn.Module):
+    """What a linear map gives when its input is zero: its bias."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.bias = None if linear.bias is None else nn.Parameter(torch.zeros_like(linear.bias))
+
+    def forward(self, hidden_BTH: torch.Tensor) -> torch.Tensor:
+        zeros_BTH = torch.zeros_like(hidden_BTH)
+        return zeros_BTH if self.bias is None else zeros_BTH + self.bias
+
+
+class ClosedMLP(nn.Module):
+    """An MLP without channels: its writer's bias is all that is left of it, under the name it had."""
+
+    def __init__(self, mlp: nn.Module, writer: str) -> None:
+        super().__init__()
+        self.writer = writer
+        self.add_module(writer, Constant(getattr(mlp, writer)))
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self, self.writer)(hidden_states)
+
+
+class ClosedAttention(ClosedMLP):
+    """Attention without heads. It caches a zero a token: the cache's length is read off its first layer."""
+
+    def __init__(self, attention: nn.Module, writer: str) -> None:
+        super().__init__(attention, writer)
+        self.layer_idx = attention.layer_idx
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
+        if past_key_values is not None:
+            zeros_B1T1 = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
+            past_key_values.update(zeros_B1T1, zeros_B1T1, self.layer_idx)
+        return super().forward(hidden_states), None
+
+
+class Pruned(PreTrainedModel):
+    """Builds the stock model at its unpruned widths (on meta when loading), then gives each layer its own."""
+
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        dense = copy.copy(config)
+        dense.per_layer_config = None
+        super().__init__(dense, *args, **kwargs)
+        if not config.is_heterogeneous:
+            return
+        # Without these two the layers would choose other kernels than the masks are made for: silently wrong logits.
+        config._attn_implementation = dense._attn_implementation
+        config._experts_implementation = dense._experts_implementation
+        layers = decoder_layers(self, config)
+        for index, layer in enumerate(layers):
+            narrow(layer, config, dense, index)
+        # One live configuration for all, so that set_attn_implementation reaches every layer.
+        for module in self.modules():
+            if isinstance(module, PreTrainedModel):
+                module.config = config
+        for module in layers.modules():
+            if isinstance(getattr(module, "config", None), PreTrainedConfig):
+                module.config = config
+        self.post_init()
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """All modules here are stock ones, so that their buffers are to be filled the way stock models' are."""
+        return False
+
+
+def decoder_layers(model: nn.Module, config: PreTrainedConfig) -> nn.ModuleList:
+    lists = (m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == config.num_hidden_layers)
+    return next(lists)
+
+
+def narrow(layer: nn.Module, config: PreTrainedConfig, dense: PreTrainedConfig, index: int) -> None:
+    """Gives the stock layer its own widths; a sublayer of width 0 is replaced by what is left of it.
+
+    Only sublayers whose shapes change are built anew: some models add to their layers after building them.
+    """
+    layer_config = copy.copy(config.per_layer_config[index])
+    for key in config.per_layer_attributes:
+        if getattr(layer_config, key) == 0:
+            setattr(layer_config, key, getattr(dense, key))
+    for name, child in type(layer)(layer_config, index).named_children():
+        if [p.shape for p in child.parameters()] != [p.shape for p in getattr(layer, name).parameters()]:
+            setattr(layer, name, child)
+    for kind, name, writer in config.secateur["closed"].get(str(index), []):
+        closed_class = ClosedMLP if kind == "channels" else ClosedAttention
+        setattr(layer, name, closed_class(getattr(layer, name), writer))
+
+
+class PrunedModel(Pruned, StockModel):
+    config_class = PrunedConfig
+
+
+class PrunedForCausalLM(Pruned, StockForCausalLM):
+    config_class = PrunedConfig

@@ -1,0 +1,197 @@
+"""One step of the primal–dual optimiser over gates and multipliers; the loop in `learn` only feeds it gradients.
+
+Descends z and ascends λ (method.md section 3). Gates move in units of their own step size: z = 1 + step_size · θ with
+Adam on θ, where Adam's step does not depend on the gradient's scale. With the default recipe the multipliers are
+measured in units of the loss gradient, so that λ = 1 pushes as hard as a typical unit resists, for any model and loss.
+
+Shape suffixes: N units of the whole model, C constraints.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from secateur.budget import Budget, largest_that_fits
+from secateur.config import Recipe
+from secateur.objective import annealed, lagrangian, retention_score
+
+LOWEST = -0.1
+"""After every step z is clamped to at least this, so that a closed gate stays within reach of opening (method §3)."""
+
+REOPENED = 0.05
+"""Where z restarts for a unit that the budget has room for though its gate was closed when the kept set was fixed."""
+
+BARELY_OPEN = 1e-6
+"""The least z of a unit in the fixed kept set."""
+
+STEP_SIZE_RANGE = (0.1, 3.0)
+"""Bounds of a gate's step size relative to the median gate's."""
+
+RAMP_POWER = 3
+"""The budget tightens along 1 − (1 − t/ramp)³ (Zhu & Gupta 2017): fast while units are cheap, slow near the target."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One line of metrics.jsonl."""
+
+    step: int
+    loss: float
+    """L_ce + η L_kl, nats a token."""
+    ce: float
+    kl: float
+    kept: float
+    """Share of the unit parameters whose gates are open (z > 0)."""
+    score: float
+    """The same by the retention score s̄, which the budget is held on."""
+    target: float
+    """Share to keep that this step aims at."""
+    mu: float
+    lr: float
+    lambda1: list[float]
+    lambda2: list[float]
+    lambda3: list[float]
+
+
+class Optimiser:
+    """State of a learning run: gates, multipliers and schedules. `state` and `restore` carry it over an interruption."""
+
+    def __init__(self, recipe: Recipe, limits: Budget, steps: int, seed: int, device: torch.device) -> None:
+        self.recipe, self.limits, self.steps = recipe, limits, steps
+        self.done = 0
+        noise = torch.randn(limits.weight_N.numel(), generator=torch.Generator().manual_seed(seed))
+        self.z_N = 1.0 + recipe.init_noise * noise.to(device)
+        self.step_size_N = torch.ones_like(self.z_N)
+        self.theta_N = (self.z_N - 1.0).requires_grad_()
+        self.duals = [torch.full((len(limits.names),), start, device=device, requires_grad=True)
+                      for start in recipe.dual_start]  # fmt: skip
+        self.unit_C = torch.zeros(len(limits.names), device=device)
+        """What a multiplier of 1 is worth: a running mean of the loss gradient a unit of budget."""
+        self.kept_N: torch.Tensor | None = None
+        """The kept set once it is fixed."""
+        self.adam = torch.optim.AdamW([self.theta_N], betas=recipe.betas, eps=1e-12, weight_decay=0.0)
+        ascent = [{"params": [dual], "lr": rate} for dual, rate in zip(self.duals, recipe.dual_lr, strict=True)]
+        self.ascent = (
+            torch.optim.AdamW(ascent, weight_decay=0.0, maximize=True)
+            if recipe.adam_duals
+            else torch.optim.SGD(ascent, maximize=True)
+        )
+
+    @property
+    def settles_at(self) -> int:
+        """The step before which the kept set is fixed; `steps` when it never is."""
+        return self.steps - int(self.recipe.settle * self.steps)
+
+    def set_step_sizes(self, sensitivity_N: torch.Tensor) -> None:
+        """Step sizes ∝ sensitivity^−½ a parameter, 1 for the median gate: Adam's step then is a natural-gradient step."""
+        density_N = sensitivity_N.to(self.z_N.device) / self.limits.share_N
+        relative_N = density_N / density_N.median()
+        self.step_size_N = relative_N.clamp(min=1e-12).pow(-0.5).clamp(*STEP_SIZE_RANGE)
+
+    def advance(self, grad_N: torch.Tensor, loss: float, ce: float, kl: float) -> Step:
+        """One step, from the gradient of the loss by z. Returns what metrics.jsonl records."""
+        progress = min(1.0, self.done / max(1, self.settles_at))
+        mu = annealed(progress, self.recipe.mu_start, self.recipe.mu_end)
+        rate = self._rate()
+        target_C = self._targets()
+        score_C = self.limits.kept_share(retention_score(self.z_N, mu))
+        kept = self.limits.share_of(self.z_N > 0)
+        score = self.limits.share_of(retention_score(self.z_N, mu))
+        lambdas = [dual.detach().tolist() for dual in self.duals]
+        if self.kept_N is None:
+            grad_N = grad_N + self._budget_gradient(grad_N, mu, target_C, rate)
+        else:
+            grad_N = grad_N * self.kept_N
+        self.theta_N.grad = grad_N * self.step_size_N
+        self.adam.param_groups[0]["lr"] = self.recipe.lr * rate
+        self.adam.step()
+        self._bound()
+        target = float(target_C.mul(self.limits.share_C).sum())
+        self.done += 1
+        return Step(self.done, loss, ce, kl, kept, score, target, mu, self.recipe.lr * rate, *lambdas)
+
+    def _budget_gradient(self, grad_N: torch.Tensor, mu: float, target_C: torch.Tensor, rate: float) -> torch.Tensor:
+        """Gradient of the Lagrangian terms by z, after which the multipliers ascend theirs."""
+        z_N = self.z_N.clone().requires_grad_()
+        score_N = retention_score(z_N, mu)
+        violation_C = self.limits.kept_share(score_N) - target_C
+        undecided_C = self.limits.kept_share(score_N * (1.0 - score_N))
+        terms = lagrangian(violation_C, undecided_C, *self.duals)
+        (budget_N, *dual_grads) = torch.autograd.grad(terms, [z_N, *self.duals])
+        for dual, dual_grad, group, base in zip(
+            self.duals, dual_grads, self.ascent.param_groups, self.recipe.dual_lr, strict=True
+        ):
+            dual.grad = dual_grad
+            group["lr"] = base * rate if self.recipe.adam_duals else base
+        self.ascent.step()
+        return budget_N if self.recipe.adam_duals else budget_N * self._unit(grad_N)[self.limits.constraint_N]
+
+    def _unit(self, grad_N: torch.Tensor) -> torch.Tensor:
+        """Running mean of the median |∂L/∂m| a share of budget, shape (C,)."""
+        pressure_N = (grad_N / self.limits.weight_N * self.step_size_N).abs()
+        now_C = torch.stack([pressure_N[self.limits.constraint_N == c].median() for c in range(len(self.unit_C))])
+        self.unit_C = now_C if self.done == 0 else 0.9 * self.unit_C + 0.1 * now_C
+        return self.unit_C
+
+    def _rate(self) -> float:
+        """Linear warm-up, then a cosine to zero (method §3, released recipe)."""
+        warm = min(1.0, (self.done + 1) / max(1, self.recipe.warmup_steps))
+        return warm * 0.5 * (1.0 + math.cos(math.pi * self.done / self.steps))
+
+    def _targets(self) -> torch.Tensor:
+        """ρ_t: what each constraint is to keep at this step."""
+        final_C = self.limits.target_C
+        if not self.recipe.ramp:
+            return final_C
+        progress = min(1.0, (self.done + 1) / (self.recipe.ramp * self.steps))
+        return final_C + (1.0 - final_C) * (1.0 - progress) ** RAMP_POWER
+
+    def _bound(self) -> None:
+        with torch.no_grad():
+            z_N = (1.0 + self.step_size_N * self.theta_N).clamp(min=LOWEST)
+            if self.kept_N is not None:
+                z_N = torch.where(self.kept_N, z_N.clamp(min=BARELY_OPEN), LOWEST)
+            self.z_N = z_N
+            self.theta_N.copy_((z_N - 1.0) / self.step_size_N)
+
+    def fix_kept_set(self) -> None:
+        """Keeps the largest set that fits the budget, by z, from here on; only the values of its gates still move."""
+        self.kept_N = largest_that_fits(self.z_N, self.limits)
+        reopened_N = self.kept_N & (self.z_N <= 0)
+        with torch.no_grad():
+            z_N = torch.where(reopened_N, REOPENED, self.z_N)
+            self.theta_N.copy_((z_N - 1.0) / self.step_size_N)
+        self._bound()
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """All that `restore` needs to go on to bit-identical gates."""
+        tensors = {"z": self.z_N, "theta": self.theta_N.detach(), "step_size": self.step_size_N, "unit": self.unit_C}
+        tensors["done"] = torch.tensor(self.done)
+        if self.kept_N is not None:
+            tensors["kept"] = self.kept_N
+        for i, dual in enumerate(self.duals):
+            tensors[f"dual.{i}"] = dual.detach()
+        for name, optimiser in (("adam", self.adam), ("ascent", self.ascent)):
+            for i, entry in optimiser.state_dict()["state"].items():
+                tensors |= {f"{name}.{i}.{key}": value for key, value in entry.items() if value is not None}
+        return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+
+    def restore(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Takes over the state of an interrupted run."""
+        device = self.z_N.device
+        moved = {name: tensor.to(device) for name, tensor in tensors.items()}
+        self.done = int(moved["done"])
+        self.z_N, self.step_size_N, self.unit_C = moved["z"], moved["step_size"], moved["unit"]
+        self.kept_N = moved.get("kept")
+        with torch.no_grad():
+            self.theta_N.copy_(moved["theta"])
+            for i, dual in enumerate(self.duals):
+                dual.copy_(moved[f"dual.{i}"])
+        for name, optimiser in (("adam", self.adam), ("ascent", self.ascent)):
+            entries: dict[int, dict[str, torch.Tensor]] = {}
+            for key, value in moved.items():
+                if key.startswith(f"{name}."):
+                    _, index, field = key.split(".")
+                    entries.setdefault(int(index), {})[field] = value
+            optimiser.load_state_dict({"state": entries, "param_groups": optimiser.state_dict()["param_groups"]})

@@ -1,0 +1,133 @@
+"""Learned gates → the plan of what to keep: indices and scales, and the policy that rounds gates to the budget.
+
+Serves `secateur plan RUN`, which writes RUN/plan.json. The kept set is the largest that fits the budget, by falling z.
+Where a run arrives at its budget by itself, that set is the set of open gates and the policy has nothing to decide.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from secateur.budget import Budget, largest_that_fits
+from secateur.files import InputError, read_json, write_json
+from secateur.gates import Gates, by_group
+from secateur.units import Group
+
+PLAN_FORMAT = 1
+
+COSTLY = 0.02
+"""Rise of the held-out loss, nats a token, above which rounding to the budget is worth a warning."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is kept of every group, and the gate value folded into it."""
+
+    kept: Mapping[str, torch.Tensor]
+    """Group name → sorted indices of the units kept, int64, shape (kept,)."""
+    scales: Mapping[str, torch.Tensor]
+    """Group name → their gate values, float32, shape (kept,)."""
+    shape: str = "ragged"
+    """`ragged` (widths differ by layer) or `uniform` (the same widths in every layer)."""
+
+    def counts(self) -> dict[str, int]:
+        """Group name → number of units kept."""
+        return {name: len(index) for name, index in self.kept.items()}
+
+    def gates(self, groups: Iterable[Group]) -> dict[str, torch.Tensor]:
+        """Group name → gate of every unit, shape (units,): the scale where kept, 0 where removed."""
+        return {g.name: torch.zeros(g.units).index_copy(0, self.kept[g.name], self.scales[g.name]) for g in groups}
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What it took to meet the budget exactly. Shares are of all parameters that belong to units."""
+
+    allowed: float
+    """Share that the budget lets stay."""
+    open_gates: float
+    """Share whose gates were open as learned."""
+    kept: float
+    """Share that the plan keeps."""
+    closed: int
+    """Units with an open gate that had to go."""
+    reopened: int
+    """Units with a closed gate for which there was room."""
+    reopened_scale: float
+    """Gate value that reopened units got: whichever of 1 and 0 has the lower held-out loss."""
+    held_out_learned: float
+    """Loss on held-out text with the gates as learned, nats a token."""
+    held_out_planned: float
+    """The same with the plan."""
+
+    @property
+    def cost(self) -> float:
+        """Rise of the held-out loss through rounding: the train–test mismatch, nats a token."""
+        return self.held_out_planned - self.held_out_learned
+
+
+def make_plan(
+    gates: Gates, limits: Budget, shape: str, held_out_loss: Callable[[Mapping[str, torch.Tensor]], float]
+) -> tuple[Plan, Rounding]:
+    """The plan and what rounding did. `held_out_loss` maps gate values by group to a loss in nats a token."""
+    z_N = gates.z_N.cpu()
+    open_N = z_N > 0
+    kept_N = largest_that_fits(z_N, limits)
+    reopened_N = kept_N & ~open_N
+    learned = held_out_loss(by_group(z_N.relu(), gates.groups))
+    scale_N, scale, planned = z_N.relu() * kept_N, 0.0, learned
+    if not torch.equal(kept_N, open_N):
+        planned = held_out_loss(by_group(scale_N, gates.groups))
+    if reopened_N.any():
+        whole_N = scale_N + reopened_N
+        loss = held_out_loss(by_group(whole_N, gates.groups))
+        if loss < planned:
+            scale_N, scale, planned = whole_N, 1.0, loss
+    masks, values = by_group(kept_N, gates.groups), by_group(scale_N, gates.groups)
+    kept = {name: mask.nonzero().flatten() for name, mask in masks.items()}
+    plan = Plan(kept, {name: values[name][index] for name, index in kept.items()}, shape)
+    allowed = limits.allowed_C.sum() / limits.params_N.sum()
+    rounding = Rounding(
+        float(allowed), limits.share_of(open_N), limits.share_of(kept_N), int((open_N & ~kept_N).sum()),
+        int(reopened_N.sum()), scale, learned, planned,
+    )  # fmt: skip
+    return plan, rounding
+
+
+def save_plan(path: Path, plan: Plan, rounding: Rounding, architecture: str) -> None:
+    """Writes plan.json: the report first, then kept indices and scales (nine digits, so that float32 is exact)."""
+    values: dict[str, Any] = {
+        "format": PLAN_FORMAT,
+        "architecture": architecture,
+        "shape": plan.shape,
+        "rounding": asdict(rounding),
+        "widths": plan.counts(),
+        "kept": {name: index.tolist() for name, index in plan.kept.items()},
+        "scales": {name: [float(f"{v:.9g}") for v in scale.tolist()] for name, scale in plan.scales.items()},
+    }
+    write_json(path, values)
+
+
+def load_plan(path: Path, groups: Sequence[Group], architecture: str) -> tuple[Plan, Rounding]:
+    """Reads and validates plan.json. Raises InputError when it is broken or made for another architecture."""
+    values = read_json(path, "secateur plan RUN")
+    if not isinstance(values, dict) or values.get("format") != PLAN_FORMAT:
+        raise InputError(f"{path} is not a plan of format {PLAN_FORMAT}; run `secateur plan RUN` again")
+    if values.get("architecture") != architecture:
+        raise InputError(f"{path} is a plan for another architecture; run `secateur plan RUN` again")
+    try:
+        kept = {g.name: torch.tensor(values["kept"][g.name], dtype=torch.int64) for g in groups}
+        scales = {g.name: torch.tensor(values["scales"][g.name], dtype=torch.float32) for g in groups}
+        rounding = Rounding(**values["rounding"])
+        shape = str(values["shape"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{path} is not a valid plan ({error!r}); run `secateur plan RUN` again") from None
+    for g in groups:
+        index = kept[g.name]
+        in_order = index.ndim == 1 and bool((index.diff() > 0).all())
+        if not in_order or index.shape != scales[g.name].shape or (len(index) and not 0 <= index[0] <= index[-1] < g.units):
+            raise InputError(f"{path}: {g.name} does not list units of 0 to {g.units - 1} in order; plan again")
+    return Plan(kept, scales, shape), rounding

@@ -1,0 +1,71 @@
+"""What a person sees while a run works: a line a stage, a bar with loss, sparsity, speed and time left."""
+
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from secateur.config import Config
+from secateur.optimise import Step
+
+TITLES = {
+    "load": "loading the model",
+    "data": "reading calibration text",
+    "learn": "learning gates",
+    "plan": "rounding to the budget",
+    "export": "writing the pruned model",
+    "verify": "comparing gated and exported logits",
+    "eval": "measuring perplexity",
+}
+
+
+class Screen:
+    """Draws the progress of a run's stages on a terminal; elsewhere it prints a line a stage."""
+
+    def __init__(self, console: Console, config: Config) -> None:
+        self.console, self.config = console, config
+        self.bars = Progress(
+            TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
+            TextColumn("{task.fields[figures]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+            console=console, transient=True,
+        )  # fmt: skip
+        self.task: TaskID | None = None
+
+    def __enter__(self) -> "Screen":
+        self.bars.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.bars.stop()
+
+    def stage(self, name: str) -> None:
+        """A stage begins."""
+        self._end()
+        self.bars.console.print(f"[bold]{name}[/bold]  {TITLES[name]}")
+
+    def step(self, step: Step) -> None:
+        """A learning step is done."""
+        if self.task is None:
+            self.task = self.bars.add_task("learn", total=self.config.steps, figures="")
+        tokens = self.config.batch_size * self.config.seq_len
+        speed = self.bars.tasks[-1].speed
+        figures = (
+            f"loss {step.ce:.3f} kl {step.kl:.3f}  removed {1 - step.kept:.1%} (score {1 - step.score:.1%}, "
+            f"target {1 - step.target:.1%})" + (f"  {speed * tokens:,.0f} tok/s" if speed else "")
+        )
+        self.bars.update(self.task, completed=step.step, figures=figures)
+        if not self.console.is_terminal and (step.step % 10 == 0 or step.step == self.config.steps):
+            self.console.print(f"  step {step.step}/{self.config.steps}  {figures}")
+
+    def written(self, tokens: int) -> None:
+        """The model wrote so many more tokens of text for itself."""
+        if self.task is None:
+            c = self.config
+            wanted = c.steps * c.batch_size * c.seq_len // c.epochs + c.held_out_tokens
+            self.task = self.bars.add_task("write", total=wanted, figures="tokens")
+        self.bars.advance(self.task, tokens)
+
+    def _end(self) -> None:
+        if self.task is not None:
+            self.bars.remove_task(self.task)
+            self.task = None

@@ -1,0 +1,309 @@
+"""The stages of a run as functions: each reads files of the run folder and writes the next one, so each reruns alone.
+
+`prune` is all of them in a row with the model loaded once. The command line only parses and prints.
+"""
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from secateur.attach import attached
+from secateur.budget import figures, make_budget
+from secateur.card import model_card
+from secateur.config import Config
+from secateur.data import SELF, Blocks, evaluation_text, load_blocks, self_written
+from secateur.evaluate import mean_loss, perplexity, windows
+from secateur.export import export
+from secateur.files import InputError, read_json, write_json, write_text
+from secateur.gates import Gates, architecture_fingerprint, load_gates, save_gates
+from secateur.learn import LearningDiverged, learn
+from secateur.load import Loaded, load
+from secateur.optimise import Step
+from secateur.plan import Plan, Rounding, load_plan, make_plan, save_plan
+from secateur.run import Run
+from secateur.verify import Comparison, compare, folded, logits_of
+
+VERIFIED_ROWS = 4
+"""Held-out rows on which gated and exported logits are compared."""
+
+
+class VerificationFailed(RuntimeError):
+    """The export does not compute what the gated model computes."""
+
+
+class Progress(Protocol):
+    """Hears of what the stages do; the command line draws it."""
+
+    def stage(self, name: str) -> None:
+        """A stage begins."""
+
+    def step(self, step: Step) -> None:
+        """A learning step is done."""
+
+    def written(self, tokens: int) -> None:
+        """The model wrote so many more tokens of text for itself."""
+
+
+@dataclass
+class Session:
+    """A run with what its stages share, loaded when first needed."""
+
+    run: Run
+    progress: Progress
+
+    @property
+    def config(self) -> Config:
+        """The resolved settings."""
+        return self.run.config
+
+    @cached_property
+    def loaded(self) -> Loaded:
+        """The dense model."""
+        c = self.config
+        with self.timed("load"):
+            return load(c.model, c.device, c.dtype, c.trust_remote_code)
+
+    @cached_property
+    def blocks(self) -> Blocks:
+        """Calibration and held-out tokens."""
+        c, loaded = self.config, self.loaded
+        with self.timed("data"):
+            written = self_written(
+                loaded.model,
+                loaded.tokenizer,
+                seed=c.seed,
+                parts=self.run.folder / "self",
+                length=c.seq_len,
+                on_progress=self.progress.written,
+            )
+            return load_blocks(
+                c.data,
+                loaded.tokenizer,
+                vocab_size=loaded.model.get_input_embeddings().num_embeddings,
+                seq_len=c.seq_len,
+                calibration_blocks=c.steps * c.batch_size,
+                held_out_blocks=-(-c.held_out_tokens // c.seq_len),
+                seed=c.seed,
+                cache=self.run.data,
+                epochs=c.epochs,
+                text_column=c.text_column,
+                written=written if c.data == SELF else None,
+            )
+
+    @cached_property
+    def architecture(self) -> str:
+        """Fingerprint that ties gates and plan to the model's shapes."""
+        return architecture_fingerprint(self.loaded.description.groups, self.loaded.description.shapes)
+
+    def held_out_loss(self, gates: Mapping[str, torch.Tensor] | None) -> float:
+        """Loss on held-out text, nats a token, with gates or dense."""
+        return mean_loss(self.loaded.model, self.blocks.held_out_NT, self.loaded.description.groups, gates)
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Announces a stage and records the seconds it took in timings.json."""
+        self.progress.stage(stage)
+        start = time.perf_counter()
+        yield
+        timings = read_json(self.run.timings, "secateur prune") if self.run.timings.exists() else {}
+        write_json(self.run.timings, {**timings, stage: round(time.perf_counter() - start, 2)})
+
+
+def learn_stage(session: Session) -> Gates:
+    """Learns the gates: RUN/gates.safetensors, metrics.jsonl a line a step. Goes on from a checkpoint if there is one."""
+    run, c, loaded, blocks = session.run, session.config, session.loaded, session.blocks
+    groups, shapes = loaded.description.groups, loaded.description.shapes
+    assert c.learning is not None and c.per is not None
+    limits = make_budget(groups, shapes, c.sparsity, c.per)
+    with session.timed("learn"):
+        lines = run.metrics.read_text().splitlines() if run.checkpoint.exists() and run.metrics.exists() else []
+        with run.metrics.open("w", encoding="utf-8") as metrics:
+
+            def on_step(step: Step) -> None:
+                for line in lines[: step.step - 1]:
+                    metrics.write(line + "\n")
+                lines.clear()
+                metrics.write(json.dumps(asdict(step)) + "\n")
+                metrics.flush()
+                session.progress.step(step)
+
+            try:
+                learned = learn(
+                    loaded.model,
+                    groups,
+                    blocks.calibration_NT,
+                    blocks.held_out_NT,
+                    limits,
+                    c.learning,
+                    steps=c.steps,
+                    batch_size=c.batch_size,
+                    seed=c.seed,
+                    checkpoint=run.checkpoint,
+                    checkpoint_every=c.checkpoint_every,
+                    on_step=on_step,
+                )
+            except LearningDiverged as error:
+                about = {"architecture": session.architecture, "model": c.model, "steps": error.step}
+                last_good = run.folder / f"gates-step-{error.step}.safetensors"
+                save_gates(last_good, Gates(error.z_N.cpu(), groups, about))
+                raise InputError(f"{error} ({last_good})") from None
+    about = {
+        "architecture": session.architecture,
+        "model": c.model,
+        "sparsity": c.sparsity,
+        "per": c.per,
+        "data": blocks.about,
+        "tokens": c.steps * c.batch_size * c.seq_len,
+        "recipe": asdict(c.learning),
+        "fixing": None if learned.fixing is None else asdict(learned.fixing),
+    }
+    gates = Gates(learned.z_N.cpu(), groups, about)
+    save_gates(run.gates, gates)
+    run.checkpoint.unlink(missing_ok=True)
+    return gates
+
+
+def plan_stage(session: Session, shape: str | None = None) -> tuple[Plan, Rounding]:
+    """Rounds the gates to the budget: RUN/plan.json."""
+    run, c, description = session.run, session.config, session.loaded.description
+    shape = shape or c.shape
+    gates = load_gates(run.gates, description.groups, session.architecture)
+    scope = "layer" if shape == "uniform" else c.per
+    assert scope is not None
+    limits = make_budget(description.groups, description.shapes, c.sparsity, scope)
+    with session.timed("plan"):
+        plan, rounding = make_plan(gates, limits, shape, session.held_out_loss)
+        save_plan(run.plan, plan, rounding, session.architecture)
+    return plan, rounding
+
+
+def _planned(session: Session) -> tuple[Plan, Rounding]:
+    return load_plan(session.run.plan, session.loaded.description.groups, session.architecture)
+
+
+def export_stage(session: Session, shape: str | None = None) -> None:
+    """Writes the pruned checkpoint, RUN/model; plans anew first when a shape is asked for that the plan has not."""
+    run, c, loaded = session.run, session.config, session.loaded
+    plan, rounding = _planned(session)
+    if shape not in (None, plan.shape):
+        plan, rounding = plan_stage(session, shape)
+    with session.timed("export"):
+        export(
+            loaded.model,
+            loaded.tokenizer,
+            loaded.description,
+            plan,
+            run.model,
+            card=model_card(c, plan.shape, rounding, None, None),
+            max_shard_size=c.max_shard_size,
+            dtype=loaded.checkpoint_dtype,
+            base_model=c.model,
+        )
+    run.verify.unlink(missing_ok=True)
+    run.eval.unlink(missing_ok=True)
+
+
+def load_export(session: Session, dtype: torch.dtype) -> PreTrainedModel:
+    """The exported model as its user loads it; the code it runs is Secateur's own modelling file."""
+    folder = session.run.model
+    if not folder.is_dir():
+        failed = session.run.failed_model.is_dir()
+        reason = f"failed verification (see {session.run.verify})" if failed else "is missing"
+        raise InputError(f"{folder} {reason}; run `secateur export {session.run.folder}`")
+    device = next(session.loaded.model.parameters()).device
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=True, use_safetensors=True)
+    return model.to(device).eval()
+
+
+def verify_stage(session: Session) -> list[Comparison]:
+    """Compares gated and exported logits: RUN/verify.json. Raises VerificationFailed after setting the export aside."""
+    run, loaded = session.run, session.loaded
+    plan, _ = _planned(session)
+    groups, model, own = loaded.description.groups, loaded.model, loaded.checkpoint_dtype
+    gates = {name: gate.to(next(model.parameters()).device) for name, gate in plan.gates(groups).items()}
+    ids_NT = session.blocks.held_out_NT[:VERIFIED_ROWS]
+    learning_dtype = next(model.parameters()).dtype
+    with session.timed("verify"):
+        exported = load_export(session, own)
+        comparisons = []
+        try:
+            if own != torch.float32:
+                with attached(model.float(), groups, gates):
+                    exact_NTV = logits_of(model, ids_NT)
+                with attached(model.to(own), groups, gates):
+                    gated_NTV = logits_of(model, ids_NT)
+                noise = (exact_NTV - gated_NTV).abs().mean().item()
+                name = str(own).removeprefix("torch.")
+                comparisons.append(compare(gated_NTV, logits_of(exported, ids_NT), name, noise))
+            with folded(model.float(), groups, gates, own):
+                gated_NTV = logits_of(model, ids_NT)
+            comparisons.append(compare(gated_NTV, logits_of(exported.float(), ids_NT), "float32"))
+        finally:
+            model.to(learning_dtype)
+        passed = all(c.passed for c in comparisons)
+        write_json(run.verify, {"passed": passed, "comparisons": [asdict(c) for c in comparisons]})
+    if not passed:
+        run.model.rename(run.failed_model)
+        worst = max(comparisons, key=lambda c: c.max_difference / c.allowed)
+        raise VerificationFailed(
+            f"the export does not match the gated model: logits differ by up to {worst.max_difference:.2g} in "
+            f"{worst.dtype} ({worst.allowed:.2g} allowed); it was moved to {run.failed_model}, and {run.verify} has "
+            "the figures. Please report this with the model's name"
+        )
+    return comparisons
+
+
+def eval_stage(session: Session) -> dict[str, Any]:
+    """Perplexity and exact sizes, dense against pruned: RUN/eval.json, and the figures into the model card."""
+    run, c, loaded = session.run, session.config, session.loaded
+    plan, rounding = _planned(session)
+    description = loaded.description
+    ids_NT, text = _evaluation_windows(session)
+    with session.timed("eval"):
+        exported = load_export(session, next(loaded.model.parameters()).dtype)
+        bytes_per_value = loaded.checkpoint_dtype.itemsize
+        dense = asdict(figures(description, None, bytes_per_value)) | asdict(perplexity(loaded.model, ids_NT))
+        pruned = asdict(figures(description, plan.counts(), bytes_per_value)) | asdict(perplexity(exported, ids_NT))
+        dense["disk_bytes"] = dense["parameters"] * bytes_per_value
+        pruned["disk_bytes"] = sum(f.stat().st_size for f in run.model.glob("*.safetensors"))
+        counted = sum(p.numel() for p in exported.parameters())
+        assert counted == pruned["parameters"], f"the export has {counted} parameters, {pruned['parameters']} planned"
+    results = {"text": text, "dense": dense, "pruned": pruned, "rounding": asdict(rounding)}
+    results["seconds"] = read_json(run.timings, "secateur prune")
+    write_json(run.eval, results)
+    verified = read_json(run.verify, f"secateur verify {run.folder}") if run.verify.exists() else None
+    write_text(run.model / "README.md", model_card(c, plan.shape, rounding, results, verified))
+    return results
+
+
+def _evaluation_windows(session: Session) -> tuple[torch.Tensor, str]:
+    c = session.config
+    if c.eval_data is None:
+        rows_NT = session.blocks.held_out_NT
+        return rows_NT, f"held-out part of {c.data}"
+    text = evaluation_text(c.eval_data, c.text_column, characters=c.eval_windows * c.eval_length * 12)
+    tokens_T = session.loaded.tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+    return windows(tokens_T, c.eval_windows, c.eval_length, c.eval_data), c.eval_data
+
+
+def prune(session: Session) -> dict[str, Any]:
+    """All stages that have not been done yet, in order; returns what eval.json holds."""
+    run = session.run
+    if not run.gates.exists():
+        learn_stage(session)
+    if not run.plan.exists():
+        plan_stage(session)
+    if not run.model.is_dir():
+        export_stage(session)
+    if not (run.verify.exists() and read_json(run.verify, f"secateur verify {run.folder}")["passed"]):
+        verify_stage(session)
+    if run.eval.exists():
+        return dict(read_json(run.eval, f"secateur eval {run.folder}"))
+    return eval_stage(session)

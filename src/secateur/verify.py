@@ -1,0 +1,75 @@
+"""Proof that the export is the gated model: both run on real text, and their logits must agree.
+
+Serves `secateur verify RUN`. In float32 the two differ by rounding only. In the export's own dtype the folded weights
+are rounded, so there the yardstick is the noise that the dtype itself brings to the gated model.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from secateur.attach import writer
+from secateur.units import Group
+
+FLOAT32_TOLERANCE = 1e-5
+"""Largest difference of a float32 logit, relative to the largest logit where that is above 1."""
+
+NOISE_FACTOR = 4.0
+"""In a narrower dtype: mean difference allowed, in units of the dtype's own noise on the gated model."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Logits of the gated and of the exported model on the same tokens."""
+
+    dtype: str
+    max_difference: float
+    mean_difference: float
+    allowed: float
+    """Bound on `max_difference` in float32, on `mean_difference` in narrower dtypes."""
+    same_top_token: float
+    """Share of positions at which both models predict the same token."""
+    tokens: int
+    passed: bool
+
+
+@torch.no_grad()
+def logits_of(model: PreTrainedModel, ids_NT: torch.Tensor) -> torch.Tensor:
+    """Logits on the CPU, float32, shape (N, T, vocabulary)."""
+    device = next(model.parameters()).device
+    return torch.cat([model(row.to(device), use_cache=False).logits.float().cpu() for row in ids_NT.split(1)])
+
+
+def compare(gated_NTV: torch.Tensor, exported_NTV: torch.Tensor, dtype: str, noise: float | None = None) -> Comparison:
+    """Compares logits; `noise` is the mean difference that the dtype makes on the gated model, None for float32.
+
+    Logits that are not finite in both never pass.
+    """
+    difference = (gated_NTV - exported_NTV).abs()
+    largest, mean = difference.max().item(), difference.mean().item()
+    allowed = FLOAT32_TOLERANCE * max(1.0, gated_NTV.abs().max().item()) if noise is None else NOISE_FACTOR * noise
+    measured = largest if noise is None else mean
+    same = (gated_NTV.argmax(-1) == exported_NTV.argmax(-1)).float().mean().item()
+    return Comparison(dtype, largest, mean, allowed, same, gated_NTV.shape[:2].numel(), measured <= allowed)
+
+
+@contextmanager
+def folded(
+    model: nn.Module, groups: Sequence[Group], gates: Mapping[str, torch.Tensor], dtype: torch.dtype
+) -> Iterator[None]:
+    """Within the context gates are folded into the writers' weights, rounded to `dtype` as the export rounds them."""
+    weights = {g.name: writer(model, g).weight for g in groups}
+    saved = {name: weight.data for name, weight in weights.items()}
+    try:
+        for group in groups:
+            weight = saved[group.name]
+            gate = gates[group.name].to(weight.device).repeat_interleave(weight.shape[1] // group.units)
+            weights[group.name].data = (weight.float() * gate).to(dtype).to(weight.dtype)
+        yield
+    finally:
+        for name, weight in weights.items():
+            weight.data = saved[name]
