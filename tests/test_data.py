@@ -14,9 +14,11 @@ from safetensors import safe_open
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from secateur import data
-from secateur.data import documents, evaluation_text, load_blocks, self_written
+from secateur import data, selftext
+from secateur.data import load_blocks
 from secateur.files import InputError
+from secateur.selftext import self_written
+from secateur.text import documents, evaluation_text
 
 BOS, EOS, WORDS = 1, 2, 400
 SPECIAL = {"<unk>": 0, "<s>": BOS, "</s>": EOS}
@@ -376,11 +378,23 @@ def test_the_model_writes_documents_up_to_eos_from_diverse_openings(tmp_path, mo
     assert len({ids[0] for ids in written}) > 16 and not {ids[0] for ids in written} & set(SPECIAL.values())
     assert all(len(SPECIAL) <= ids[0] < VOCABULARY for ids in written)
     assert sum(told) == 3 * 8 * 39
-    assert all(ids[0] == BOS and ids[1] != BOS for ids in write(model, make_tokenizer("<s> $A </s>"), tmp_path / "bos"))
+
+
+def test_openings_are_bos_where_texts_have_it_and_an_ordinary_word(tmp_path, model):
+    tokenizer = make_tokenizer("<s> $A </s>")
+    tokenizer.add_tokens([f"w{i}" for i in range(4, WORDS)])
+    written = write(model, tokenizer, tmp_path)
+    assert {tuple(ids[:2]) for ids in written} == {(BOS, len(SPECIAL) + i) for i in range(4)}
+
+
+def test_documents_end_before_the_first_eos_after_their_opening(tmp_path, model, tokenizer, monkeypatch):
+    rows = torch.tensor([[5, EOS, 7, EOS], [5, 6, EOS, EOS], [5, 6, 7, 8]])
+    monkeypatch.setattr(selftext, "_sample", lambda *args: rows)
+    assert write(model, tokenizer, tmp_path, 3) == [[5], [5, 6], [5, 6, 7, 8]]
 
 
 def test_writing_follows_the_model_and_never_its_unlikely_tokens(tmp_path, model, tokenizer, monkeypatch):
-    monkeypatch.setattr(data, "RELIABLE", 1.0)  # leaves the most likely token only
+    monkeypatch.setattr(selftext, "RELIABLE", 1.0)  # leaves the most likely token only
     for ids in write(model, tokenizer, tmp_path, 8):
         likeliest = model(torch.tensor([ids])).logits[0].argmax(dim=-1).tolist()
         assert ids[1:] == likeliest[:-1]
@@ -394,8 +408,8 @@ def test_writing_depends_on_the_seed_and_goes_on_where_it_was_interrupted(tmp_pa
     write(model, tokenizer, parts, 10)  # two of three batches
     assert sorted(p.name for p in parts.iterdir()) == ["00000.safetensors", "00001.safetensors"]
     (parts / "00000.safetensors").write_bytes(b"broken")
-    sampled, sample = [], data._sample
-    monkeypatch.setattr(data, "_sample", lambda *args: sampled.append(1) or sample(*args))
+    sampled, sample = [], selftext._sample
+    monkeypatch.setattr(selftext, "_sample", lambda *args: sampled.append(1) or sample(*args))
     assert write(model, tokenizer, parts) == whole
     assert len(sampled) == 2, "the broken batch and the missing one"
 

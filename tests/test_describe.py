@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import LATENT, load, random_plan, tiny
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -13,6 +12,7 @@ from secateur.export import export
 from secateur.files import InputError
 from secateur.load import describe_pretrained
 from secateur.units import unit_params
+from tiny import LATENT, load, random_plan, tiny
 
 
 def test_units_and_sizes_of_grouped_queries() -> None:
@@ -113,7 +113,8 @@ def test_models_that_are_not_causal_language_models(model_type: str, reason: str
     ],
 )
 def test_models_in_which_nothing_can_be_pruned(model_type: str, reason: str) -> None:
-    config = AutoConfig.for_model(model_type, num_hidden_layers=2, hidden_size=64, num_attention_heads=8, vocab_size=128)
+    sizes = {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": 128}
+    config = AutoConfig.for_model(model_type, num_hidden_layers=2, **sizes)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     with pytest.raises(InputError, match=reason) as error:

@@ -8,21 +8,22 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import LATENT, dense_logits, gated_logits, load, random_plan, tiny, tokens
 from transformers import PreTrainedModel
 
 from secateur.describe import describe
 from secateur.export import export
+from tiny import LATENT, dense_logits, gated_logits, load, random_plan, tiny, tokens
 
 DENSE = {"first_k_dense_replace": 3}
 
+ORDINARY = """
+    apertus arcee cohere cohere2 cwm ernie4_5 exaone4 gemma gemma2 gemma3_text glm glm4 granite granite_swa
+    hunyuan_v1_dense hyperclovax jais2 llama ministral ministral3 mistral nanochat nemotron olmo phi qwen2 qwen3
+    seed_oss smollm3 starcoder2 vaultgemma
+"""
+
 WHOLE: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(
-        "apertus arcee cohere cohere2 cwm ernie4_5 exaone4 gemma gemma2 gemma3_text glm glm4 granite granite_swa "
-        "hunyuan_v1_dense hyperclovax jais2 llama ministral ministral3 mistral nanochat nemotron olmo phi qwen2 qwen3 "
-        "seed_oss smollm3 starcoder2 vaultgemma".split(),
-        {},
-    ),
+    **{model_type: {} for model_type in ORDINARY.split()},
     "deepseek_v2": LATENT | DENSE,
     "deepseek_v3": LATENT | DENSE,
     "minicpm3": LATENT,
@@ -65,6 +66,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "head size unsaid": ("qwen2", {"head_dim": None}),
     "latent queries": ("deepseek_v3", LATENT | DENSE | {"q_lora_rank": None}),
     "norm a head": ("cohere", {"use_qk_norm": True}),
+    "buffers filled by the model": (
+        "falcon_h1",
+        {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 16},
+    ),
 }
 
 

@@ -7,7 +7,14 @@ from secateur.units import Group, Slice, block_size, sliced_shapes, take, unit_p
 
 SHAPES = {"q": (12, 8), "k": (4, 8), "o": (8, 12), "norm": (4,), "other": (3, 3)}
 GROUP = Group(
-    "layers.0.kv_groups", 0, "kv_groups", 2, "o", (Slice("q", 0), Slice("k", 0), Slice("o", 1)), (("heads", 3),), ("norm",)
+    "layers.0.kv_groups",
+    0,
+    "kv_groups",
+    2,
+    "o",
+    (Slice("q", 0), Slice("k", 0), Slice("o", 1)),
+    (("heads", 3),),
+    ("norm",),
 )
 
 

@@ -48,9 +48,7 @@ def tokens(batch: int = 2, length: int = 12, seed: int = 1) -> Tensor:
     return torch.randint(3, 128, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-def random_plan(
-    description: Description, *, close: tuple[str, ...] = (), seed: int = 2, shape: str = "ragged"
-) -> Plan:
+def random_plan(description: Description, *, close: tuple[str, ...] = (), seed: int = 2, shape: str = "ragged") -> Plan:
     """Keeps about half of the units, unevenly by layer (evenly if uniform), at gates of 0.2 to 3; `close` loses all."""
     generator = torch.Generator().manual_seed(seed)
     kept, scales = {}, {}

@@ -18,7 +18,7 @@ from secateur.attach import attached
 from secateur.budget import figures, make_budget
 from secateur.card import model_card
 from secateur.config import Config
-from secateur.data import SELF, Blocks, evaluation_text, load_blocks, self_written
+from secateur.data import SELF, Blocks, load_blocks
 from secateur.evaluate import mean_loss, perplexity, windows
 from secateur.export import export
 from secateur.files import InputError, read_json, write_json, write_text
@@ -28,6 +28,8 @@ from secateur.load import Loaded, load
 from secateur.optimise import Step
 from secateur.plan import Plan, Rounding, load_plan, make_plan, save_plan
 from secateur.run import Run
+from secateur.selftext import self_written
+from secateur.text import evaluation_text, local_files
 from secateur.verify import Comparison, compare, folded, logits_of
 
 VERIFIED_ROWS = 4

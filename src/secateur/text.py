@@ -1,0 +1,165 @@
+"""Documents out of files, folders and datasets on the hub; every error names the file, and the line where there is one.
+
+Local files are read through pyarrow, which comes with `datasets`, and not through `datasets` itself, which would copy
+them into its own cache and lose the file name and line of an error. pyarrow's gzip and zstd streams also notice a file
+that was cut short; the zstandard package returns the first part of one as if it were all.
+"""
+
+import io
+import json
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from secateur.files import InputError
+
+COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
+PIECE_CHARACTERS = 4_000
+"""Plain text is cut into documents of about this length."""
+
+
+def documents(data: str, text_column: str = "text", whole: bool = False) -> Iterator[str]:
+    """Documents of `data` in a fixed order, streamed; a row without a value is an empty document.
+
+    `data` is a file, a folder (all readable files below it, sorted by path; hidden ones are left out), or a dataset on
+    the hub as `name`, `name:config` or `name:config:split` (split `train` by default). Plain text has no marks between
+    documents: it is cut into pieces at blank lines, else at lines, unless `whole`. Raises InputError that names the
+    file, and the line where there is one.
+    """
+    files = local_files(data)
+    if files is None:
+        yield from _hub_documents(data, text_column)
+    for path in files or ():
+        yield from _file_documents(path, text_column, whole)
+
+
+def evaluation_text(data: str, text_column: str = "text", characters: int | None = None) -> str:
+    """One text for perplexities: documents joined by blank lines, text files as they are; the first `characters` of it.
+
+    Empty documents count, so that rows of WikiText-2 give the text of the published protocol.
+    """
+    taken, length = [], 0
+    for document in documents(data, text_column, whole=True):
+        taken.append(document)
+        length += len(document)
+        if characters is not None and length >= characters:
+            break
+    text = "\n\n".join(taken)[:characters]
+    if not text.strip():
+        raise InputError(f"{data} holds no text to evaluate on; name another file")
+    return text
+
+
+def local_files(data: str) -> list[Path] | None:
+    """The files that `data` stands for; None for the name of a dataset on the hub."""
+    path = Path(data).expanduser()
+    if data and path.is_dir():
+        inside = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
+        files = sorted(p for p in inside if _suffix(p) in READERS and p.is_file())
+        if not files:
+            raise InputError(f"{data}: no file in this folder ends in {', '.join(READERS)} (or these with .gz, .zst)")
+        return files
+    if data and path.exists():
+        return [path]
+    if not data or _suffix(path) in READERS or data[0] in "./~" or data.count("/") > 1:
+        raise InputError(f"{data!r}: no such file or folder; check the path given as data")
+    return None
+
+
+def _suffix(path: Path) -> str:
+    """File type: the suffix before .gz or .zst, in lower case."""
+    return (path.with_suffix("") if path.suffix.lower() in COMPRESSION else path).suffix.lower()
+
+
+def _file_documents(path: Path, column: str, whole: bool) -> Iterator[str]:
+    if _suffix(path) not in READERS:
+        raise InputError(f"{path}: unknown file type; files may end in {', '.join(READERS)} (or these with .gz, .zst)")
+    try:
+        yield from READERS[_suffix(path)](path, column, whole)
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8 text; convert it, for instance with iconv") from None
+    except (OSError, pa.ArrowException) as error:
+        reason = f"{path} cannot be read ({_one_line(error)})"
+        raise InputError(f"{reason}; check that it is complete and of the type its suffix says") from None
+
+
+def _stream(path: Path) -> Any:
+    return pa.input_stream(str(path), compression=COMPRESSION.get(path.suffix.lower()))
+
+
+def _text_documents(path: Path, column: str, whole: bool) -> Iterator[str]:
+    with io.TextIOWrapper(_stream(path), encoding="utf-8-sig") as file:
+        if whole:
+            yield file.read()
+            return
+        piece = ""
+        for line in iter(lambda: file.readline(2 * PIECE_CHARACTERS), ""):
+            piece += line
+            if len(piece) >= (2 if line.strip() else 1) * PIECE_CHARACTERS:
+                yield piece.strip("\n")
+                piece = ""
+        yield piece.strip("\n")
+
+
+def _jsonl_documents(path: Path, column: str, whole: bool) -> Iterator[str]:
+    with io.TextIOWrapper(_stream(path), encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                row = None
+                with suppress(ValueError):
+                    row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise InputError(f"{path}, line {number} is not a JSON object; a JSON Lines file has one a line")
+                yield _text_of(row, column, f"{path}, line {number}")
+
+
+def _parquet_documents(path: Path, column: str, whole: bool) -> Iterator[str]:
+    with _stream(path) as stream:
+        file = pq.ParquetFile(pa.BufferReader(stream.read()) if path.suffix.lower() in COMPRESSION else stream)
+        _text_of(dict.fromkeys(file.schema_arrow.names), column, str(path))
+        for batch in file.iter_batches(batch_size=256, columns=[column]):
+            for row in batch.to_pylist():
+                yield _text_of(row, column, str(path))
+
+
+READERS: dict[str, Callable[[Path, str, bool], Iterator[str]]] = {
+    **dict.fromkeys((".txt", ".text", ".md"), _text_documents),
+    **dict.fromkeys((".jsonl", ".ndjson", ".json"), _jsonl_documents),
+    ".parquet": _parquet_documents,
+}
+
+
+def _hub_documents(data: str, column: str) -> Iterator[str]:
+    name, config, split = (*data.split(":", 2), "", "")[:3]
+    try:
+        import datasets
+
+        for row in datasets.load_dataset(name, config or None, split=split or "train", streaming=True):
+            yield _text_of(row, column, data)
+    except InputError:
+        raise
+    except Exception as error:  # datasets raises whatever its network, file and parsing libraries raise
+        reason = f"{data} is no file or folder here, and cannot be read as a dataset from the hub"
+        raise InputError(f"{reason} ({_one_line(error)}); check the name, or give a local file") from None
+
+
+def _text_of(row: dict[str, Any], column: str, where: str) -> str:
+    if column not in row:
+        found = ", ".join(map(str, row)) or "none"
+        raise InputError(f'{where} has no column "{column}" (columns: {found}); name the text by --text-column')
+    value = row[column]
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        reason = f'{where}: column "{column}" holds a value of type {type(value).__name__}, not text'
+        raise InputError(f"{reason}; name another one by --text-column")
+    return value.encode("utf-8", "replace").decode()  # JSON may hold halves of surrogate pairs; tokenizers fail on them
+
+
+def _one_line(error: Exception) -> str:
+    return textwrap.shorten(str(error) or type(error).__name__, 300)
