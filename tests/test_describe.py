@@ -140,6 +140,15 @@ def test_keys_and_values_that_other_layers_read() -> None:
     assert set(refusals(model)) == {"0.self_attn", "1.self_attn", "2.self_attn"}
 
 
+def test_gemma_3n() -> None:
+    """Its last layers read the keys and values of earlier ones, and its MLPs compare channels with their mean."""
+    layers = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
+    sizes = {"vocab_size_per_layer_input": 128, "hidden_size_per_layer_input": 8, "laurel_rank": 8}
+    model = tiny("gemma3n_text", num_kv_shared_layers=2, **layers, **sizes)
+    with pytest.raises(InputError, match=r"self_attn: layers share keys and values.*mlp: no single configuration key"):
+        describe(model)
+
+
 def test_a_norm_inside_the_mlp() -> None:
     model = tiny("llama")
     model.model.layers[0].mlp.norm = nn.RMSNorm(40)

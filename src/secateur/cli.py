@@ -109,7 +109,7 @@ def prune(options: Prune) -> None:
         run = open_run(options.resume)
     else:
         run = new_run(Config(**{f.name: getattr(options, f.name) for f in fields(Config)}))
-    results = _staged(run, "prune")
+    results = _staged(run, "remaining_stages")
     _print_results(run, results)
 
 
@@ -205,7 +205,7 @@ def _staged(run: "Run", stage: str, **options: Any) -> Any:
         with Screen(console, run.config) as screen:
             return getattr(stages, stage)(stages.Session(run, screen), **options)
     except KeyboardInterrupt:
-        again = f"secateur prune --resume {run.folder}" if stage == "prune" else "the same command"
+        again = f"secateur prune --resume {run.folder}" if stage == "remaining_stages" else "the same command"
         errors.print(f"interrupted; nothing is lost, go on with: {again}")
         sys.exit(130)
     except stages.VerificationFailed as error:

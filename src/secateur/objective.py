@@ -51,36 +51,31 @@ class _Distillation(torch.autograd.Function):
     """Cross-entropy and KL in one pass over the rows: the gradient is formed while the softmax is in cache."""
 
     @staticmethod
-    def forward(ctx, student_RV, teacher_RV, labels_R, kd_weight, temperature):  # type: ignore[no-untyped-def]
-        rows = student_RV.shape[0]
+    def forward(ctx, student_RV, teacher_RV, labels_R, counted_R, kd_weight, temperature):  # type: ignore[no-untyped-def]
         grad_RV = torch.empty_like(student_RV)
-        ce = student_RV.new_zeros((), dtype=torch.float32)
+        ce = torch.zeros((), device=student_RV.device)
         kl = torch.zeros_like(ce)
-        for start in range(0, rows, ROWS_AT_ONCE):
+        for start in range(0, len(labels_R), ROWS_AT_ONCE):
             part = slice(start, start + ROWS_AT_ONCE)
-            student, labels = student_RV[part].float(), labels_R[part, None]
+            student, labels_R1, weight_R1 = student_RV[part].float(), labels_R[part, None], counted_R[part, None]
             log_p = F.log_softmax(student, dim=-1)
-            ce -= log_p.gather(1, labels).sum()
+            ce -= (log_p.gather(1, labels_R1) * weight_R1).sum()
             grad = log_p.exp()
             if kd_weight:
                 log_q = F.log_softmax(teacher_RV[part].float() / temperature, dim=-1)
+                log_pt = log_p if temperature == 1.0 else F.log_softmax(student / temperature, dim=-1)
                 q = log_q.exp()
-                if temperature != 1.0:
-                    log_pt = F.log_softmax(student / temperature, dim=-1)
-                    kl += temperature**2 * (q * (log_q - log_pt)).sum()
-                    grad += (kd_weight * temperature) * (log_pt.exp() - q)
-                else:
-                    kl += torch.dot(q.flatten(), log_q.sub_(log_p).flatten())
-                    grad.mul_(1.0 + kd_weight).sub_(q, alpha=kd_weight)
-            grad.scatter_add_(1, labels, grad.new_full(labels.shape, -1.0))
-            grad_RV[part] = grad / rows
+                kl += temperature**2 * torch.dot((q * log_q.sub_(log_pt)).sum(-1), weight_R1[:, 0])
+                grad = grad.add(log_pt.exp().sub_(q), alpha=kd_weight * temperature)
+            grad.scatter_add_(1, labels_R1, grad.new_full(labels_R1.shape, -1.0))
+            grad_RV[part] = grad.mul_(weight_R1)
         ctx.save_for_backward(grad_RV)
-        return ce / rows + kd_weight * kl / rows, ce / rows, kl / rows
+        return ce + kd_weight * kl, ce, kl
 
     @staticmethod
     def backward(ctx, grad_loss, _grad_ce, _grad_kl):  # type: ignore[no-untyped-def]
         (grad_RV,) = ctx.saved_tensors
-        return grad_RV * grad_loss, None, None, None, None
+        return grad_RV.mul_(grad_loss), None, None, None, None, None
 
 
 def distillation_loss(
@@ -88,9 +83,17 @@ def distillation_loss(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """L_ce + η τ² KL(teacher ‖ student), each averaged over predicted positions, in nats a token. Method §3, objective.
 
-    Returns (loss, ce, kl); only `loss` carries a gradient, and only to `student_BTV`.
+    Returns (loss, ce, kl); only `loss` carries a gradient, once, and only to `student_BTV`.
     """
-    student_RV = student_BTV[:, :-1].flatten(0, 1)
-    teacher_RV = teacher_BTV[:, :-1].flatten(0, 1)
-    loss, ce, kl = _Distillation.apply(student_RV, teacher_RV, ids_BT[:, 1:].flatten(), kd_weight, temperature)
+    labels_BT = ids_BT.roll(-1, dims=1)
+    counted_BT = torch.ones(ids_BT.shape, device=ids_BT.device)
+    counted_BT[:, -1] = 0.0  # nothing follows the last token
+    loss, ce, kl = _Distillation.apply(
+        student_BTV.flatten(0, 1),
+        teacher_BTV.flatten(0, 1),
+        labels_BT.flatten(),
+        counted_BT.flatten() / counted_BT.sum(),
+        kd_weight,
+        temperature,
+    )
     return loss, ce.detach(), kl.detach()

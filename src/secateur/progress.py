@@ -7,6 +7,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from secateur.config import Config
 from secateur.optimise import Step
+from secateur.stages import Progress as Listener
 
 TITLES = {
     "load": "loading the model",
@@ -19,7 +20,7 @@ TITLES = {
 }
 
 
-class Screen:
+class Screen(Listener):
     """Draws the progress of a run's stages on a terminal; elsewhere it prints a line a stage."""
 
     def __init__(self, console: Console, config: Config) -> None:

@@ -7,9 +7,10 @@ import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -27,7 +28,7 @@ from secateur.learn import LearningDiverged, learn
 from secateur.load import Loaded, load
 from secateur.optimise import Step
 from secateur.plan import Plan, Rounding, load_plan, make_plan, save_plan
-from secateur.run import Run
+from secateur.run import Run, new_run, open_run
 from secateur.selftext import self_written
 from secateur.text import evaluation_text, local_files
 from secateur.verify import Comparison, compare, folded, logits_of
@@ -40,8 +41,8 @@ class VerificationFailed(RuntimeError):
     """The export does not compute what the gated model computes."""
 
 
-class Progress(Protocol):
-    """Hears of what the stages do; the command line draws it."""
+class Progress:
+    """Hears of what the stages do, and says nothing; the command line's `Screen` draws it."""
 
     def stage(self, name: str) -> None:
         """A stage begins."""
@@ -58,7 +59,7 @@ class Session:
     """A run with what its stages share, loaded when first needed."""
 
     run: Run
-    progress: Progress
+    progress: Progress = field(default_factory=Progress)
 
     @property
     def config(self) -> Config:
@@ -69,6 +70,8 @@ class Session:
     def loaded(self) -> Loaded:
         """The dense model."""
         c = self.config
+        for data in {c.data, c.eval_data} - {SELF, None}:
+            local_files(str(data))  # a wrong path shows before a large model is loaded
         with self.timed("load"):
             return load(c.model, c.device, c.dtype, c.trust_remote_code)
 
@@ -295,7 +298,17 @@ def _evaluation_windows(session: Session) -> tuple[torch.Tensor, str]:
     return windows(tokens_T, c.eval_windows, c.eval_length, c.eval_data), c.eval_data
 
 
-def prune(session: Session) -> dict[str, Any]:
+def prune(config: Config) -> dict[str, Any]:
+    """Prunes a model as `secateur prune` does, without a screen; returns what eval.json holds."""
+    return remaining_stages(Session(new_run(config)))
+
+
+def open_session(folder: Path | str) -> Session:
+    """A session on an existing run, for the stage functions."""
+    return Session(open_run(Path(folder)))
+
+
+def remaining_stages(session: Session) -> dict[str, Any]:
     """All stages that have not been done yet, in order; returns what eval.json holds."""
     run = session.run
     if not run.gates.exists():
