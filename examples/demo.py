@@ -44,7 +44,8 @@ def main() -> None:
     run("secateur", "inspect", model)
     run(
         "secateur", "prune", model, "--sparsity", "0.2", "--data", "self", "--epochs", "2", "--steps", "60",
-        "--seq-len", "256", "--batch-size", "2", "--held-out-tokens", "4096", "--eval-data", str(text), "--out", str(out),
+        "--seq-len", "256", "--batch-size", "2", "--held-out-tokens", "4096", "--eval-data", str(text),
+        "--out", str(out),
     )  # fmt: skip
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     print(f"\ndense:  {generate(model)}")

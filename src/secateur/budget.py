@@ -78,7 +78,7 @@ def make_budget(groups: Sequence[Group], shapes: Shapes, sparsity: float, scope:
 
 
 def largest_that_fits(rank_N: torch.Tensor, limits: Budget) -> torch.Tensor:
-    """The kept set, a mask of shape (N,): units by falling rank as long as they fit, then smaller ones that still do."""
+    """The kept set, a mask of shape (N,): units by falling rank as long as they fit, then smaller ones that do."""
     kept_N = torch.zeros(len(rank_N), dtype=torch.bool)
     ranked = rank_N.detach().cpu().argsort(descending=True, stable=True)
     params_N, constraint_N = limits.params_N.cpu(), limits.constraint_N.cpu()
@@ -93,9 +93,7 @@ def largest_that_fits(rank_N: torch.Tensor, limits: Budget) -> torch.Tensor:
     return kept_N.to(rank_N.device)
 
 
-def _equal_widths(
-    groups: Sequence[Group], params: Mapping[str, int], sparsity: float
-) -> Iterator[tuple[Group, int]]:
+def _equal_widths(groups: Sequence[Group], params: Mapping[str, int], sparsity: float) -> Iterator[tuple[Group, int]]:
     """Units to keep in each group so that all groups of a kind are equally wide, within the budget."""
     sizes: dict[str, set[int]] = {}
     for g in groups:
@@ -112,7 +110,7 @@ def _equal_widths(
         kept[kind] = min(units, floor(exact + 1e-9) if kind == "channels" or "channels" not in sizes else round(exact))
         allowed -= kept[kind] * whole / units
     if min(kept.values()) < 1:
-        raise InputError(f"no equal widths remove {sparsity:.0%} of the units; use --shape ragged or a lower --sparsity")
+        raise InputError(f"no equal widths remove {sparsity:.0%} of the units; use --shape ragged or lower --sparsity")
     yield from ((g, kept[g.kind]) for g in groups)
 
 

@@ -48,8 +48,8 @@ def warnings(results: Mapping[str, Any]) -> list[str]:
     if cost > COSTLY:
         found.append(
             f"rounding to the budget raised the held-out loss by {cost:.3f} nats a token: the gates left "
-            f"{rounding['open_gates']:.1%} open where {rounding['allowed']:.1%} are allowed. More steps, or the default "
-            "recipe, arrive closer"
+            f"{rounding['open_gates']:.1%} open where {rounding['allowed']:.1%} are allowed. More steps, or the "
+            "default recipe, arrive closer"
         )
     return found
 
@@ -76,10 +76,11 @@ def model_card(
         else "All layers have the same widths, so a stock class loads it and no code is needed."
     )
     lines = [
-        "---", yaml.safe_dump(header, sort_keys=False).strip(), "---", "", f"# {name}, pruned by {config.sparsity:.0%}", "",
+        "---", yaml.safe_dump(header, sort_keys=False).strip(), "---", "",
+        f"# {name}, pruned by {config.sparsity:.0%}", "",
         f"{rounding.kept:.2%} of the parameters in attention heads and MLP channels were kept, by gates learned with "
-        f"[Secateur](https://arxiv.org/abs/2603.08065) ({PAPER}); the gate values are folded into the weights. {widths}",
-        "", "```python", "from transformers import AutoModelForCausalLM",
+        f"[Secateur](https://arxiv.org/abs/2603.08065) ({PAPER}); the gate values are folded into the weights. "
+        f"{widths}", "", "```python", "from transformers import AutoModelForCausalLM",
         f'model = AutoModelForCausalLM.from_pretrained("PATH"{code})', "```", "", "## How it was made", "",
         f"- base model: `{name}`; its weights were frozen, nothing was fine-tuned",
         f"- calibration data: {_data_name(config.data)}",
@@ -98,8 +99,8 @@ def model_card(
     if verified is not None:
         for c in verified["comparisons"]:
             lines.append(
-                f"Verified on {c['tokens']:,} tokens: in {c['dtype']} the logits of the gated and the exported model differ "
-                f"by at most {c['max_difference']:.1e}."
+                f"Verified on {c['tokens']:,} tokens: in {c['dtype']} the logits of the gated and the exported model "
+                f"differ by at most {c['max_difference']:.1e}."
             )
         lines.append("")
     return "\n".join(lines)

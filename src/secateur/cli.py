@@ -4,6 +4,7 @@ Help texts are the docstrings of the dataclasses' fields. `Config` serves `prune
 """
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 from rich.console import Console
 from rich.table import Table
+from safetensors import SafetensorError
 
 from secateur import __version__
 from secateur.config import LEARNING_FIELDS, Config, load_config
@@ -41,6 +43,9 @@ class Prune(Config):
     """Take all settings from this file (RUN/config.yaml repeats a run); options given beside it win."""
     resume: Path | None = None
     """Go on with an interrupted run in this folder; its own settings apply."""
+
+    def __post_init__(self) -> None:
+        """Leaves it to `prune` to make a Config of these: there its errors are one line, not a box of the parser's."""
 
 
 @dataclass
@@ -149,8 +154,8 @@ def plan(options: Plan) -> None:
     """`secateur plan`."""
     _plan, rounding = _staged(_open(options.run), "plan_stage", shape=options.shape)
     console.print(
-        f"{rounding.kept:.2%} of the unit parameters kept ({rounding.allowed:.2%} allowed, {rounding.open_gates:.2%} as "
-        f"learned); held-out loss {rounding.held_out_learned:.4f} → {rounding.held_out_planned:.4f}"
+        f"{rounding.kept:.2%} of the unit parameters kept ({rounding.allowed:.2%} allowed, {rounding.open_gates:.2%} "
+        f"as learned); held-out loss {rounding.held_out_learned:.4f} → {rounding.held_out_planned:.4f}"
     )
 
 
@@ -158,7 +163,7 @@ def export(options: Export) -> None:
     """`secateur export`."""
     run = _open(options.run)
     _staged(run, "export_stage", shape=options.shape)
-    console.print(f"wrote {run.model}")
+    console.print(f"wrote {run.model}", markup=False, soft_wrap=True)
 
 
 def verify(options: Verify) -> None:
@@ -200,13 +205,13 @@ def _staged(run: "Run", stage: str, **options: Any) -> Any:
     from secateur import stages
     from secateur.progress import Screen
 
-    console.print(f"run folder: {run.folder}")
+    console.print(f"run folder: {run.folder}", markup=False, soft_wrap=True)
     try:
         with Screen(console, run.config) as screen:
             return getattr(stages, stage)(stages.Session(run, screen), **options)
     except KeyboardInterrupt:
         again = f"secateur prune --resume {run.folder}" if stage == "remaining_stages" else "the same command"
-        errors.print(f"interrupted; nothing is lost, go on with: {again}")
+        errors.print(f"interrupted; nothing is lost, go on with: {again}", markup=False)
         sys.exit(130)
     except stages.VerificationFailed as error:
         errors.print(f"secateur: {error}", markup=False)
@@ -262,6 +267,8 @@ def _parse(name: str, arguments: Sequence[str]) -> Any:
     options = tyro.cli(kind, args=arguments, prog=f"secateur {name}", default=replace(default))
     if any(getattr(options, f) != getattr(default, f) for f in LEARNING_FIELDS):
         options.learning = None
+    if (options.shape, options.recipe) != (default.shape, default.recipe) and options.per == default.per:
+        options.per = None  # what the file holds is the default of the other shape or recipe
     return options
 
 
@@ -283,6 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if name not in COMMANDS:
         errors.print(f"secateur: no command {name!r}; there are {', '.join(COMMANDS)}", markup=False)
         sys.exit(2)
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported, which transformers does
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         options = _parse(name, arguments[1:])
@@ -294,8 +302,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except InputError as error:
         errors.print(f"secateur: {error}", markup=False)
         sys.exit(2)
+    except SafetensorError as error:
+        errors.print(f"secateur: a safetensors file of the run is broken: {error}", markup=False)
+        sys.exit(2)
     except OSError as error:
-        errors.print(f"secateur: {error.strerror or error}: {error.filename or 'while reading or writing'}", markup=False)
+        where = error.filename or "while reading or writing"
+        errors.print(f"secateur: {error.strerror or error}: {where}", markup=False)
         sys.exit(2)
     return None
 

@@ -4,6 +4,7 @@
 so that config.yaml repeats a run even if a later version changes the defaults.
 """
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -38,16 +39,21 @@ class Recipe:
     """μ_0, half the width of the retention score at the start."""
     mu_end: float
     """μ_T, the same at the end: the score is then nearly the indicator of z > 0."""
+    mu_power: float
+    """μ falls with this power of the time passed; the paper's is ½."""
     dual_lr: tuple[float, float, float]
     """Ascent rates of λ₁ (violation), λ₂ (its square) and λ₃ (undecided units)."""
     dual_start: tuple[float, float, float]
     """Initial λ₁, λ₂, λ₃."""
     adam_duals: bool
     """Adam ascends the duals (the released recipe); otherwise plain gradient ascent, in units of the loss gradient."""
-    sensitivity_blocks: int
-    """Blocks whose loss sensitivity sets the step size of each gate; 0 gives all gates the same step."""
-    ramp: float
-    """Share of the steps over which the budget tightens from nothing to the target; 0 asks for all of it at once."""
+    sensitivity_batches: int
+    """Batches on which the loss sensitivity of every gate is measured first; it sets their step sizes and the start of
+    those that the budget has no room for. 0: all gates start at 1 and move alike, as in the paper."""
+    attention_weight: float
+    """How much more a head's sensitivity counts than a channel's: heads removed together hurt more than their sum."""
+    start_outside: float
+    """z at the start of units that do not fit the budget by sensitivity."""
     settle: float
     """Share of the steps, at the end, in which the kept set is fixed and only gate values are learned."""
 
@@ -56,18 +62,19 @@ def paper_recipe(steps: int) -> Recipe:
     """The released recipe to the letter (method.md section 3), made for 1,000 steps of 16 × 2,048 tokens."""
     return Recipe(
         name="paper", lr=2e-2, betas=(0.9, 0.999), warmup_steps=min(100, steps), kd_weight=2.0, kd_temperature=1.0,
-        init_noise=0.01, mu_start=0.5, mu_end=0.1, dual_lr=(2e-2, 4e-1, 2e-2), dual_start=(0.0, 0.0, 0.0),
-        adam_duals=True, sensitivity_blocks=0, ramp=0.0, settle=0.0,
+        init_noise=0.01, mu_start=0.5, mu_end=0.1, mu_power=0.5, dual_lr=(2e-2, 4e-1, 2e-2),
+        dual_start=(0.0, 0.0, 0.0), adam_duals=True, sensitivity_batches=0, attention_weight=1.0, start_outside=1.0,
+        settle=0.0,
     )  # fmt: skip
 
 
 def auto_recipe(steps: int) -> Recipe:
-    """The default: the same method with step sizes, duals and schedules that fit any number of steps (docs/study.md)."""
+    """The default: the same method, with step sizes and schedules that fit any number of steps (docs/study.md)."""
     return Recipe(
-        name="auto", lr=0.6 / steps**0.5, betas=(0.9, 0.99), warmup_steps=max(1, steps // 20), kd_weight=100.0,
-        kd_temperature=1.0, init_noise=0.0, mu_start=0.5, mu_end=0.05,
+        name="auto", lr=0.15 / steps**0.5, betas=(0.9, 0.99), warmup_steps=max(1, steps // 20), kd_weight=100.0,
+        kd_temperature=1.0, init_noise=0.0, mu_start=0.15, mu_end=0.05, mu_power=1.0,
         dual_lr=(50.0 / steps, 50.0 / steps, 5.0 / steps), dual_start=(0.0, 5.0, 0.0), adam_duals=False,
-        sensitivity_blocks=16, ramp=0.5, settle=0.25,
+        sensitivity_batches=min(40, max(1, steps // 2)), attention_weight=3.0, start_outside=0.1, settle=0.5,
     )  # fmt: skip
 
 
@@ -156,6 +163,8 @@ class Config:
             raise InputError(f"--kd-weight must be at least 0, not {self.kd_weight}")
         if self.kd_temperature is not None and self.kd_temperature <= 0:
             raise InputError(f"--kd-temperature must be above 0, not {self.kd_temperature}")
+        if not re.fullmatch(r"\d+(\.\d+)? *([KMGT]i?B|B)?", self.max_shard_size, flags=re.IGNORECASE):
+            raise InputError(f"--max-shard-size is a size such as 5GB or 500MB, not {self.max_shard_size!r}")
         if self.shape == "uniform" and self.per not in (None, "layer"):
             raise InputError(f"--shape uniform needs equal widths, so --per {self.per} contradicts it; use --per layer")
 
@@ -188,7 +197,9 @@ def load_config(path: Path) -> Config:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{path} is missing: not the folder of a run, or `secateur prune` never started there") from None
+        raise InputError(
+            f"{path} is missing: not the folder of a run, or `secateur prune` never started there"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not readable YAML: {str(error).splitlines()[0]}") from None
     try:

@@ -54,7 +54,7 @@ def mean_loss(
 
 
 def windows(tokens_T: torch.Tensor, count: int, length: int, name: str) -> torch.Tensor:
-    """The first `count` non-overlapping windows of a text, shape (≤ count, length). Raises InputError if it has none."""
+    """The first `count` non-overlapping windows of a text, shape (≤ count, length). InputError if it has none."""
     available = len(tokens_T) // length
     if available == 0:
         raise InputError(f"{name} has {len(tokens_T)} tokens; a window of perplexity needs {length} (--eval-length)")

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 
 class InputError(ValueError):
     """Something the user can put right: the command line prints its one line and exits with code 2."""
@@ -15,14 +17,20 @@ class InputError(ValueError):
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """A temporary path that becomes `target` (a file or a folder) on success and disappears on any failure."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    """A temporary path that becomes `target` (a file or a folder) on success and disappears on any failure.
+
+    Raises InputError when the disk is full or not writable, which safetensors reports by an error of its own.
+    """
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         if temporary.is_dir() and target.exists():
             shutil.rmtree(target)
-        os.replace(temporary, target)
+        temporary.replace(target)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0]
+        raise InputError(f"cannot write {target}: {reason}") from None
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)

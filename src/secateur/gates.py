@@ -51,7 +51,8 @@ def architecture_fingerprint(groups: Sequence[Group], shapes: Shapes) -> str:
 def save_gates(path: Path, gates: Gates) -> None:
     """Writes z by group, float32, with `about` and the format version in the metadata; atomic."""
     tensors = {name: z.detach().float().cpu().contiguous() for name, z in by_group(gates.z_N, gates.groups).items()}
-    metadata = {"format": "pt", "secateur": json.dumps({"format": GATES_FORMAT, **gates.about})}
+    # One entry only: safetensors writes several in a random order, and equal gates should be equal files.
+    metadata = {"secateur": json.dumps({"format": GATES_FORMAT, **gates.about})}
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)
 
@@ -67,7 +68,7 @@ def load_gates(path: Path, groups: Sequence[Group], fingerprint: str) -> Gates:
     except (SafetensorError, ValueError, OSError) as error:
         raise InputError(f"{path} is not a readable gates file ({error}); run `secateur learn` again") from None
     if not isinstance(about, dict) or about.get("format") != GATES_FORMAT:
-        raise InputError(f"{path} is not a gates file of format {GATES_FORMAT}; learn the gates again with this version")
+        raise InputError(f"{path} is not a gates file of format {GATES_FORMAT}; learn the gates anew with this version")
     wrong = [g.name for g in groups if g.name not in tensors or tensors[g.name].shape != (g.units,)]
     if wrong or about.get("architecture") != fingerprint:
         detail = f"{wrong[0]} does not fit" if wrong else "the shapes of its weights differ"

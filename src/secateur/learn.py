@@ -6,11 +6,13 @@ L_ce + η L_kl by the gates alone, one step of the optimiser. Nothing in it is r
 Shape suffixes: N units of the whole model, B batch, T positions.
 """
 
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
@@ -31,8 +33,8 @@ class LearningDiverged(InputError):
 
     def __init__(self, step: int, z_N: torch.Tensor) -> None:
         super().__init__(
-            f"the loss became NaN or infinite at step {step + 1}; the gates of step {step} are saved. Lower --lr or learn "
-            "in --dtype float32"
+            f"the loss became NaN or infinite at step {step + 1}; the gates of step {step} are saved. Lower --lr "
+            "or learn in --dtype float32"
         )
         self.step, self.z_N = step, z_N
 
@@ -56,7 +58,7 @@ class Learned:
 
     z_N: torch.Tensor
     fixing: Fixing | None
-    """None when the recipe leaves the budget to the plan, or the run was resumed after that moment."""
+    """None when the recipe leaves the budget to the plan."""
 
 
 def learn(
@@ -73,26 +75,31 @@ def learn(
     checkpoint: Path | None = None,
     checkpoint_every: int = 50,
     on_step: Callable[[Step], None] = lambda _: None,
+    on_measured: Callable[[int], None] = lambda _: None,
 ) -> Learned:
     """Learns the gates of `model`, whose weights are frozen and otherwise left as they are.
 
     calibration_NT: token ids, steps × batch_size rows, used in their order. held_out_NT: rows of other documents.
-    With `checkpoint`, the state is saved there every `checkpoint_every` steps and when interrupted, and a run that finds
-    the file goes on from it to bit-identical gates. Raises LearningDiverged when the loss is not finite.
+    With `checkpoint`, the state is saved there every `checkpoint_every` steps and when interrupted; a run that finds it
+    goes on from it to bit-identical gates. `on_measured` hears of the rows that sensitivity is measured on.
+    Raises LearningDiverged when the loss is not finite.
     """
     device = next(model.parameters()).device
     model.eval().requires_grad_(False)
     optimiser = Optimiser(recipe, limits.to(device), steps, seed, device)
     fixing = None
+    settings = f"{recipe} steps={steps} batch_size={batch_size} seed={seed} seq_len={calibration_NT.shape[1]}"
     if checkpoint is not None and checkpoint.exists():
-        optimiser.restore(load_file(checkpoint))
-    elif recipe.sensitivity_blocks:
-        rows_NT = calibration_NT[: recipe.sensitivity_blocks].to(device)
-        optimiser.set_step_sizes(gate_sensitivity(model, groups, rows_NT))
+        fixing = _restore(checkpoint, optimiser, settings)
+    elif recipe.sensitivity_batches:
+        rows_NT = calibration_NT[: recipe.sensitivity_batches * batch_size].to(device)
+        optimiser.start_from(
+            gate_sensitivity(model, groups, rows_NT, on_measured) * _weights(groups, recipe).to(device)
+        )
     batches = calibration_NT.split(batch_size)[:steps]
     assert len(batches) == steps, f"{steps} steps need {steps} batches, got {len(batches)}"
 
-    state = optimiser.state()
+    state = optimiser.state(), fixing
     try:
         while optimiser.done < steps:
             if optimiser.done == optimiser.settles_at and optimiser.kept_N is None:
@@ -103,14 +110,18 @@ def learn(
             if not (torch.isfinite(loss) and torch.isfinite(grad_N).all()):
                 raise LearningDiverged(optimiser.done, optimiser.z_N)
             on_step(optimiser.advance(grad_N, loss.item(), ce.item(), kl.item()))
-            state = optimiser.state()
+            state = optimiser.state(), fixing
             if checkpoint is not None and optimiser.done % checkpoint_every == 0:
-                _save(checkpoint, state)
+                _save(checkpoint, *state, settings)
     except KeyboardInterrupt:
         if checkpoint is not None:  # `state` is that of a whole step, wherever the interrupt fell
-            _save(checkpoint, state)
+            _save(checkpoint, *state, settings)
         raise
     return Learned(optimiser.z_N, fixing)
+
+
+def _weights(groups: tuple[Group, ...], recipe: Recipe) -> torch.Tensor:
+    return torch.cat([torch.full((g.units,), 1.0 if g.kind == "channels" else recipe.attention_weight) for g in groups])
 
 
 def _losses(
@@ -135,6 +146,16 @@ def _fix(optimiser: Optimiser, model: PreTrainedModel, groups: tuple[Group, ...]
     return Fixing(optimiser.done, kept_before, kept(), held_out_before, held_out())
 
 
-def _save(checkpoint: Path, state: dict[str, torch.Tensor]) -> None:
+def _save(checkpoint: Path, state: dict[str, torch.Tensor], fixing: Fixing | None, settings: str) -> None:
+    about = {"settings": settings, "fixing": None if fixing is None else asdict(fixing)}
     with replacing(checkpoint) as temporary:
-        save_file(state, temporary)
+        save_file(state, temporary, metadata={"secateur": json.dumps(about)})
+
+
+def _restore(checkpoint: Path, optimiser: Optimiser, settings: str) -> Fixing | None:
+    with safe_open(checkpoint, framework="pt") as file:
+        about = json.loads(file.metadata()["secateur"])
+    if about["settings"] != settings:
+        raise InputError(f"{checkpoint} belongs to other settings than config.yaml has now; delete it to start over")
+    optimiser.restore(load_file(checkpoint))
+    return None if about["fixing"] is None else Fixing(**about["fixing"])

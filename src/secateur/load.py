@@ -3,10 +3,12 @@
 Only safetensors and GGUF weights are read, never pickles; code from a checkpoint runs only on request.
 """
 
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -35,7 +37,7 @@ class Loaded:
 def load(name: str, device: str, dtype: str, trust_remote_code: bool) -> Loaded:
     """Loads a causal LM and its tokenizer, in eval mode and without gradients. Raises InputError with one line."""
     where = _source(name)
-    config = load_config_of(name, trust_remote_code)
+    _, config = describe_pretrained(name, trust_remote_code)  # what cannot be pruned is refused before weights are read
     target = pick_device(device)
     own_dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     wanted = own_dtype if target.type != "cpu" else torch.float32
@@ -57,10 +59,13 @@ def load(name: str, device: str, dtype: str, trust_remote_code: bool) -> Loaded:
 
 
 def describe_pretrained(name: str, trust_remote_code: bool = False) -> tuple[Description, PreTrainedConfig]:
-    """What can be pruned in a model, from its configuration alone: it is built on the meta device, no weight is read."""
+    """What can be pruned in a model, from its configuration alone: it is built on the meta device, without weights."""
     config = load_config_of(name, trust_remote_code)
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        skeleton = _one_line(
+            lambda: AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code),
+            f"cannot build {name} from its configuration",
+        )
     return describe(skeleton), config
 
 
@@ -75,7 +80,7 @@ def load_config_of(name: str, trust_remote_code: bool) -> PreTrainedConfig:
 
 
 def pick_device(device: str) -> torch.device:
-    """The device by name; `auto` is the first accelerator, else the CPU. Raises InputError for one that is not there."""
+    """The device by name; `auto` is the first accelerator, else the CPU. InputError for one that is not there."""
     if device == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         return accelerator or torch.device("cpu")
@@ -108,6 +113,10 @@ def _one_line(load, what: str):  # type: ignore[no-untyped-def]
         return load()
     except SafetensorError as error:
         raise InputError(f"{what}: a safetensors file is truncated or broken ({error}); download it again") from None
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        raise InputError(f"{what}: {lines[0]}") from None
+    except InputError:
+        raise
+    except (
+        OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError, TypeError, StrictDataclassError
+    ) as error:  # fmt: skip
+        reason = textwrap.shorten(str(error), 400, placeholder=" …") or type(error).__name__
+        raise InputError(f"{what}: {reason}") from None

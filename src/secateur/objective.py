@@ -40,7 +40,10 @@ def annealed(progress: float, start: float, end: float, power: float = 0.5) -> f
 
 
 def lagrangian(
-    violation_C: torch.Tensor, undecided_C: torch.Tensor, lambda1_C: torch.Tensor, lambda2_C: torch.Tensor,
+    violation_C: torch.Tensor,
+    undecided_C: torch.Tensor,
+    lambda1_C: torch.Tensor,
+    lambda2_C: torch.Tensor,
     lambda3_C: torch.Tensor,
 ) -> torch.Tensor:
     """λ₁(s̄ − ρ) + λ₂(s̄ − ρ)² + λ₃ mean(s(1 − s)), summed over constraints. Method §3, objective."""

@@ -28,9 +28,6 @@ BARELY_OPEN = 1e-6
 STEP_SIZE_RANGE = (0.1, 3.0)
 """Bounds of a gate's step size relative to the median gate's."""
 
-RAMP_POWER = 3
-"""The budget tightens along 1 − (1 − t/ramp)³ (Zhu & Gupta 2017): fast while units are cheap, slow near the target."""
-
 
 @dataclass(frozen=True)
 class Step:
@@ -46,7 +43,7 @@ class Step:
     score: float
     """The same by the retention score s̄, which the budget is held on."""
     target: float
-    """Share to keep that this step aims at."""
+    """Share to keep, ρ."""
     mu: float
     lr: float
     lambda1: list[float]
@@ -55,7 +52,7 @@ class Step:
 
 
 class Optimiser:
-    """State of a learning run: gates, multipliers and schedules. `state` and `restore` carry it over an interruption."""
+    """State of a learning run: gates, multipliers, schedules. `state` and `restore` carry it over an interruption."""
 
     def __init__(self, recipe: Recipe, limits: Budget, steps: int, seed: int, device: torch.device) -> None:
         self.recipe, self.limits, self.steps = recipe, limits, steps
@@ -70,6 +67,7 @@ class Optimiser:
         """What a multiplier of 1 is worth: a running mean of the loss gradient a unit of budget."""
         self.kept_N: torch.Tensor | None = None
         """The kept set once it is fixed."""
+        self.target = float((limits.target_C * limits.share_C).sum())
         self.adam = torch.optim.AdamW([self.theta_N], betas=recipe.betas, eps=1e-12, weight_decay=0.0)
         ascent = [{"params": [dual], "lr": rate} for dual, rate in zip(self.duals, recipe.dual_lr, strict=True)]
         self.ascent = (
@@ -83,39 +81,43 @@ class Optimiser:
         """The step before which the kept set is fixed; `steps` when it never is."""
         return self.steps - int(self.recipe.settle * self.steps)
 
-    def set_step_sizes(self, sensitivity_N: torch.Tensor) -> None:
-        """Step sizes ∝ sensitivity^−½ a parameter, 1 for the median gate: Adam's step then is a natural-gradient step."""
+    def start_from(self, sensitivity_N: torch.Tensor) -> None:
+        """Step sizes and start from how much the loss minds each gate, in nats, shape (N,).
+
+        Step sizes ∝ (sensitivity a parameter)^−½, 1 for the median gate: with Adam's division by the gradient's own
+        size that is a natural-gradient step. Units that the budget has no room for, by the same measure, start nearly
+        closed; all stay free to move, so that learning decides.
+        """
         density_N = sensitivity_N.to(self.z_N.device) / self.limits.share_N
-        relative_N = density_N / density_N.median()
-        self.step_size_N = relative_N.clamp(min=1e-12).pow(-0.5).clamp(*STEP_SIZE_RANGE)
+        relative_N = (density_N / density_N.median()).clamp(min=1e-12)
+        self.step_size_N = relative_N.pow(-0.5).clamp(*STEP_SIZE_RANGE)
+        inside_N = largest_that_fits(density_N, self.limits)
+        self.z_N = torch.where(inside_N, self.z_N, self.recipe.start_outside)
+        with torch.no_grad():
+            self.theta_N.copy_((self.z_N - 1.0) / self.step_size_N)
 
     def advance(self, grad_N: torch.Tensor, loss: float, ce: float, kl: float) -> Step:
         """One step, from the gradient of the loss by z. Returns what metrics.jsonl records."""
         progress = min(1.0, self.done / max(1, self.settles_at))
-        mu = annealed(progress, self.recipe.mu_start, self.recipe.mu_end)
+        mu = annealed(progress, self.recipe.mu_start, self.recipe.mu_end, self.recipe.mu_power)
         rate = self._rate()
-        target_C = self._targets()
-        score_C = self.limits.kept_share(retention_score(self.z_N, mu))
         kept = self.limits.share_of(self.z_N > 0)
         score = self.limits.share_of(retention_score(self.z_N, mu))
         lambdas = [dual.detach().tolist() for dual in self.duals]
-        if self.kept_N is None:
-            grad_N = grad_N + self._budget_gradient(grad_N, mu, target_C, rate)
-        else:
-            grad_N = grad_N * self.kept_N
+        kept_N = self.kept_N
+        grad_N = grad_N + self._budget_gradient(grad_N, mu, rate) if kept_N is None else grad_N * kept_N
         self.theta_N.grad = grad_N * self.step_size_N
         self.adam.param_groups[0]["lr"] = self.recipe.lr * rate
         self.adam.step()
         self._bound()
-        target = float(target_C.mul(self.limits.share_C).sum())
         self.done += 1
-        return Step(self.done, loss, ce, kl, kept, score, target, mu, self.recipe.lr * rate, *lambdas)
+        return Step(self.done, loss, ce, kl, kept, score, self.target, mu, self.recipe.lr * rate, *lambdas)
 
-    def _budget_gradient(self, grad_N: torch.Tensor, mu: float, target_C: torch.Tensor, rate: float) -> torch.Tensor:
+    def _budget_gradient(self, grad_N: torch.Tensor, mu: float, rate: float) -> torch.Tensor:
         """Gradient of the Lagrangian terms by z, after which the multipliers ascend theirs."""
         z_N = self.z_N.clone().requires_grad_()
         score_N = retention_score(z_N, mu)
-        violation_C = self.limits.kept_share(score_N) - target_C
+        violation_C = self.limits.kept_share(score_N) - self.limits.target_C
         undecided_C = self.limits.kept_share(score_N * (1.0 - score_N))
         terms = lagrangian(violation_C, undecided_C, *self.duals)
         (budget_N, *dual_grads) = torch.autograd.grad(terms, [z_N, *self.duals])
@@ -138,14 +140,6 @@ class Optimiser:
         """Linear warm-up, then a cosine to zero (method §3, released recipe)."""
         warm = min(1.0, (self.done + 1) / max(1, self.recipe.warmup_steps))
         return warm * 0.5 * (1.0 + math.cos(math.pi * self.done / self.steps))
-
-    def _targets(self) -> torch.Tensor:
-        """ρ_t: what each constraint is to keep at this step."""
-        final_C = self.limits.target_C
-        if not self.recipe.ramp:
-            return final_C
-        progress = min(1.0, (self.done + 1) / (self.recipe.ramp * self.steps))
-        return final_C + (1.0 - final_C) * (1.0 - progress) ** RAMP_POWER
 
     def _bound(self) -> None:
         with torch.no_grad():

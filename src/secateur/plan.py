@@ -122,12 +122,16 @@ def load_plan(path: Path, groups: Sequence[Group], architecture: str) -> tuple[P
         kept = {g.name: torch.tensor(values["kept"][g.name], dtype=torch.int64) for g in groups}
         scales = {g.name: torch.tensor(values["scales"][g.name], dtype=torch.float32) for g in groups}
         rounding = Rounding(**values["rounding"])
-        shape = str(values["shape"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        shape = values["shape"]
+        assert shape in ("ragged", "uniform"), f"shape {shape!r}"
+    except (KeyError, TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise InputError(f"{path} is not a valid plan ({error!r}); run `secateur plan RUN` again") from None
     for g in groups:
         index = kept[g.name]
         in_order = index.ndim == 1 and bool((index.diff() > 0).all())
-        if not in_order or index.shape != scales[g.name].shape or (len(index) and not 0 <= index[0] <= index[-1] < g.units):
+        if not (scales[g.name].isfinite() & (scales[g.name] >= 0)).all():
+            raise InputError(f"{path}: {g.name} has scales that are negative or not finite; plan again")
+        in_range = in_order and (not len(index) or 0 <= index[0] <= index[-1] < g.units)
+        if not in_range or index.shape != scales[g.name].shape:
             raise InputError(f"{path}: {g.name} does not list units of 0 to {g.units - 1} in order; plan again")
     return Plan(kept, scales, shape), rounding

@@ -26,8 +26,9 @@ class Screen(Listener):
     def __init__(self, console: Console, config: Config) -> None:
         self.console, self.config = console, config
         self.bars = Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
-            TextColumn("{task.fields[figures]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+            TextColumn("{task.description}"), BarColumn(bar_width=24),
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f}"), TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
             console=console, transient=True,
         )  # fmt: skip
         self.task: TaskID | None = None
@@ -36,7 +37,9 @@ class Screen(Listener):
         self.bars.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.bars.stop()
 
     def stage(self, name: str) -> None:
@@ -57,6 +60,17 @@ class Screen(Listener):
         self.bars.update(self.task, completed=step.step, figures=figures)
         if not self.console.is_terminal and (step.step % 10 == 0 or step.step == self.config.steps):
             self.console.print(f"  step {step.step}/{self.config.steps}  {figures}")
+
+    def measured(self, rows: int) -> None:
+        """The sensitivity of the gates has been measured on so many rows."""
+        recipe = self.config.learning
+        assert recipe is not None
+        if self.task is None:
+            wanted = recipe.sensitivity_batches * self.config.batch_size
+            self.task = self.bars.add_task("measure", total=wanted, figures="rows, sensitivity of each gate")
+        self.bars.update(self.task, completed=rows)
+        if rows == self.bars.tasks[-1].total:
+            self._end()
 
     def written(self, tokens: int) -> None:
         """The model wrote so many more tokens of text for itself."""

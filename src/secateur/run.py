@@ -1,6 +1,6 @@
 """The folder of a run: one file a stage, so that each stage can be rerun alone and an interrupted run goes on.
 
-    describe → learn (gates.safetensors) → plan (plan.json) → export (model/) → verify (verify.json) → eval (eval.json)
+describe → learn (gates.safetensors) → plan (plan.json) → export (model/) → verify (verify.json) → eval (eval.json)
 """
 
 import itertools
@@ -9,6 +9,9 @@ from pathlib import Path
 
 from secateur.config import Config, load_config, save_config
 from secateur.files import InputError
+
+NOT_YET_BEGUN = {"config.yaml", "timings.json"}
+"""What a run leaves that failed before it read its data: the corrected command may use the folder again."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ def new_run(config: Config) -> Run:
     """Creates the folder with its config.yaml. Raises InputError if it holds another run."""
     config = config.resolved()
     folder = config.out or _free_folder(config)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - NOT_YET_BEGUN):
         what = "holds another run" if (folder / "config.yaml").is_file() else "is not empty"
         hint = f", or continue that run with `secateur prune --resume {folder}`" if what == "holds another run" else ""
         raise InputError(f"{folder} {what}; choose another --out{hint}")

@@ -1,10 +1,11 @@
 """How much the loss would rise if a gate moved: the diagonal of the Fisher information of the gates at the dense model.
 
-It sets each gate's step size, so that a gate moves as far as it is unimportant: Adam alone moves every gate by about its
-learning rate a step, whatever it is worth, and a short run then does most of its damage to units that it means to keep.
+It sets each gate's step size, so that a gate moves as far as it is unimportant: Adam alone moves every gate by about
+its learning rate a step, whatever it is worth, and a short run then does most of its damage to units that it keeps.
 Squared per token rather than per batch, as a batch's sum has one degree of freedom where its tokens have hundreds.
 """
 
+from collections.abc import Callable
 from contextlib import ExitStack
 
 import torch
@@ -32,7 +33,12 @@ class _Probe(torch.autograd.Function):
         return grad, None, None, None
 
 
-def gate_sensitivity(model: nn.Module, groups: tuple[Group, ...], ids_NT: torch.Tensor) -> torch.Tensor:
+def gate_sensitivity(
+    model: nn.Module,
+    groups: tuple[Group, ...],
+    ids_NT: torch.Tensor,
+    on_row: Callable[[int], None] = lambda _: None,
+) -> torch.Tensor:
     """Diagonal Fisher information of every gate at m = 1, in nats a token, shape (units of the model,), float32.
 
     One forward and backward pass a row of `ids_NT`; ½ of the value estimates the rise of the loss when the unit is
@@ -50,8 +56,9 @@ def gate_sensitivity(model: nn.Module, groups: tuple[Group, ...], ids_NT: torch.
                 return (_Probe.apply(args[0], anchor, total, block), *args[1:])
 
             stack.callback(module.register_forward_pre_hook(probe).remove)
-        for ids_BT in ids_NT.split(1):
+        for row, ids_BT in enumerate(ids_NT.split(1), start=1):
             logits_BTV = model(ids_BT, use_cache=False).logits
             F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), ids_BT[:, 1:].flatten()).backward()
+            on_row(row)
     tokens = ids_NT.shape[1] - 1
     return torch.cat(totals) * (tokens / len(ids_NT))

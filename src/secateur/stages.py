@@ -4,6 +4,7 @@
 """
 
 import json
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -30,8 +31,9 @@ from secateur.optimise import Step
 from secateur.plan import Plan, Rounding, load_plan, make_plan, save_plan
 from secateur.run import Run, new_run, open_run
 from secateur.selftext import self_written
+from secateur.slicing import pruned_shapes
 from secateur.text import evaluation_text, local_files
-from secateur.verify import Comparison, compare, folded, logits_of
+from secateur.verify import Comparison, compare, folded, logits_of, with_weights_in
 
 VERIFIED_ROWS = 4
 """Held-out rows on which gated and exported logits are compared."""
@@ -49,6 +51,9 @@ class Progress:
 
     def step(self, step: Step) -> None:
         """A learning step is done."""
+
+    def measured(self, rows: int) -> None:
+        """The sensitivity of the gates has been measured on so many rows."""
 
     def written(self, tokens: int) -> None:
         """The model wrote so many more tokens of text for itself."""
@@ -122,19 +127,22 @@ class Session:
 
 
 def learn_stage(session: Session) -> Gates:
-    """Learns the gates: RUN/gates.safetensors, metrics.jsonl a line a step. Goes on from a checkpoint if there is one."""
+    """Learns the gates: RUN/gates.safetensors, metrics.jsonl a line a step. Goes on from a checkpoint where one is."""
     run, c, loaded, blocks = session.run, session.config, session.loaded, session.blocks
     groups, shapes = loaded.description.groups, loaded.description.shapes
     assert c.learning is not None and c.per is not None
     limits = make_budget(groups, shapes, c.sparsity, c.per)
     with session.timed("learn"):
         lines = run.metrics.read_text().splitlines() if run.checkpoint.exists() and run.metrics.exists() else []
-        with run.metrics.open("w", encoding="utf-8") as metrics:
+        fresh = True
+        with run.metrics.open("a", encoding="utf-8") as metrics:
 
             def on_step(step: Step) -> None:
-                for line in lines[: step.step - 1]:
-                    metrics.write(line + "\n")
-                lines.clear()
+                nonlocal fresh
+                if fresh:  # not before: what another interruption leaves must still have its lines
+                    metrics.truncate(0)
+                    metrics.writelines(line + "\n" for line in lines[: step.step - 1])
+                    fresh = False
                 metrics.write(json.dumps(asdict(step)) + "\n")
                 metrics.flush()
                 session.progress.step(step)
@@ -153,6 +161,7 @@ def learn_stage(session: Session) -> Gates:
                     checkpoint=run.checkpoint,
                     checkpoint_every=c.checkpoint_every,
                     on_step=on_step,
+                    on_measured=session.progress.measured,
                 )
             except LearningDiverged as error:
                 about = {"architecture": session.architecture, "model": c.model, "steps": error.step}
@@ -170,6 +179,7 @@ def learn_stage(session: Session) -> Gates:
         "fixing": None if learned.fixing is None else asdict(learned.fixing),
     }
     gates = Gates(learned.z_N.cpu(), groups, about)
+    run.plan.unlink(missing_ok=True)  # a plan of earlier gates
     save_gates(run.gates, gates)
     run.checkpoint.unlink(missing_ok=True)
     return gates
@@ -237,30 +247,38 @@ def verify_stage(session: Session) -> list[Comparison]:
     learning_dtype = next(model.parameters()).dtype
     with session.timed("verify"):
         exported = load_export(session, own)
+        shapes = {name: tuple(p.shape) for name, p in exported.named_parameters()}
+        if shapes != pruned_shapes(loaded.description, plan):
+            raise InputError(f"{run.model} was exported from another plan; run `secateur export {run.folder}` first")
         comparisons = []
         try:
             if own != torch.float32:
-                with attached(model.float(), groups, gates):
+                with attached(with_weights_in(model, torch.float32), groups, gates):
                     exact_NTV = logits_of(model, ids_NT)
-                with attached(model.to(own), groups, gates):
+                with attached(with_weights_in(model, own), groups, gates):
                     gated_NTV = logits_of(model, ids_NT)
                 noise = (exact_NTV - gated_NTV).abs().mean().item()
                 name = str(own).removeprefix("torch.")
                 comparisons.append(compare(gated_NTV, logits_of(exported, ids_NT), name, noise))
-            with folded(model.float(), groups, gates, own):
+            with_weights_in(model, torch.float32)
+            exact = own == torch.float32  # else the export's weights are rounded after folding, and so must these be
+            with attached(model, groups, gates) if exact else folded(model, groups, gates, own):
                 gated_NTV = logits_of(model, ids_NT)
-            comparisons.append(compare(gated_NTV, logits_of(exported.float(), ids_NT), "float32"))
+            exported_NTV = logits_of(with_weights_in(exported, torch.float32), ids_NT)
+            comparisons.append(compare(gated_NTV, exported_NTV, "float32"))
         finally:
-            model.to(learning_dtype)
+            with_weights_in(model, learning_dtype)
         passed = all(c.passed for c in comparisons)
         write_json(run.verify, {"passed": passed, "comparisons": [asdict(c) for c in comparisons]})
     if not passed:
+        shutil.rmtree(run.failed_model, ignore_errors=True)
         run.model.rename(run.failed_model)
-        worst = max(comparisons, key=lambda c: c.max_difference / c.allowed)
+        failed = next(c for c in comparisons if not c.passed)
         raise VerificationFailed(
-            f"the export does not match the gated model: logits differ by up to {worst.max_difference:.2g} in "
-            f"{worst.dtype} ({worst.allowed:.2g} allowed); it was moved to {run.failed_model}, and {run.verify} has "
-            "the figures. Please report this with the model's name"
+            f"the export does not match the gated model: in {failed.dtype} logits differ by "
+            f"{failed.mean_difference:.2g} on average and {failed.max_difference:.2g} at most ({failed.allowed:.2g} "
+            f"allowed); it was moved to {run.failed_model}, and {run.verify} has the figures. Please report this with "
+            "the model's name"
         )
     return comparisons
 
@@ -312,6 +330,7 @@ def remaining_stages(session: Session) -> dict[str, Any]:
     """All stages that have not been done yet, in order; returns what eval.json holds."""
     run = session.run
     if not run.gates.exists():
+        _evaluation_windows(session)  # text that is missing or too short is better known before learning
         learn_stage(session)
     if not run.plan.exists():
         plan_stage(session)

@@ -2,7 +2,7 @@
 
 A `Group` is one sublayer's row of interchangeable units (heads, KV groups or channels); its `Slice`s say where each
 unit lives in the weights. These two records carry all that the rest of Secateur knows of an architecture: `describe`
-writes them, everything downstream only reads them. Source: method.md section 1; the paper (arXiv 2603.08065), section 2.
+writes them, everything downstream only reads them. Source: method.md section 1 (the paper: arXiv 2603.08065).
 """
 
 from collections.abc import Iterable, Mapping

@@ -4,6 +4,7 @@ Serves `secateur verify RUN`. In float32 the two differ by rounding only. In the
 are rounded, so there the yardstick is the noise that the dtype itself brings to the gated model.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,7 +55,15 @@ def compare(gated_NTV: torch.Tensor, exported_NTV: torch.Tensor, dtype: str, noi
     allowed = FLOAT32_TOLERANCE * max(1.0, gated_NTV.abs().max().item()) if noise is None else NOISE_FACTOR * noise
     measured = largest if noise is None else mean
     same = (gated_NTV.argmax(-1) == exported_NTV.argmax(-1)).float().mean().item()
-    return Comparison(dtype, largest, mean, allowed, same, gated_NTV.shape[:2].numel(), measured <= allowed)
+    passed = measured <= allowed < math.inf
+    return Comparison(dtype, largest, mean, allowed, same, gated_NTV.shape[:2].numel(), passed)
+
+
+def with_weights_in(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The model, its weights cast in place. Buffers stay: rotary frequencies are float32 in a bfloat16 model, too."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 @contextmanager

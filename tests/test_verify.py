@@ -1,0 +1,162 @@
+"""The proof that the export is the gated model: it passes what is equal and sets aside what is not."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from runs import described, prune_arguments, random_tokens, secateur, small_llama, write_checkpoint, write_texts
+from secateur.attach import attached, writer
+from secateur.files import InputError
+from secateur.run import open_run
+from secateur.stages import Session, VerificationFailed, eval_stage, verify_stage
+from secateur.verify import compare, folded, logits_of
+
+LOGITS = 5 * torch.randn(2, 6, 30, generator=torch.Generator().manual_seed(0))
+
+
+# --- the comparison --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("noise", [None, 0.0, 0.01])
+def test_equal_logits_pass(noise):
+    result = compare(LOGITS, LOGITS.clone(), "float32", noise)
+    assert result.passed and result.max_difference == 0.0
+    assert result.same_top_token == 1.0 and result.tokens == 12
+
+
+def test_in_float32_rounding_passes_and_one_logit_that_is_off_fails():
+    assert compare(LOGITS, LOGITS * (1 + 1e-7), "float32").passed
+    off = LOGITS.clone()
+    off[1, 3, 7] += 1e-3
+    result = compare(LOGITS, off, "float32")
+    assert not result.passed and result.max_difference == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_in_a_narrow_dtype_the_mean_difference_may_be_a_few_times_the_noise_of_the_dtype():
+    difference = torch.full_like(LOGITS, 0.03)
+    assert compare(LOGITS, LOGITS + difference, "bfloat16", noise=0.01).passed
+    assert not compare(LOGITS, LOGITS + 2 * difference, "bfloat16", noise=0.01).passed
+
+
+@pytest.mark.parametrize("noise", [None, 0.01, float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("where", [(True, False), (False, True), (True, True)])
+def test_logits_that_are_not_finite_never_pass(noise, value, where):
+    gated, exported = LOGITS.clone(), LOGITS.clone()
+    for logits, broken in zip((gated, exported), where, strict=True):
+        if broken:
+            logits[0, 2, 3] = value
+    assert not compare(gated, exported, "float32", noise).passed
+
+
+# --- folding ---------------------------------------------------------------------------------------------------------
+
+
+def test_folded_gates_equal_attached_ones_and_leave_no_trace():
+    model = small_llama(num_key_value_heads=4)
+    groups = described(model, 0.3)[0].groups
+    gates = {g.name: torch.rand(g.units, generator=torch.Generator().manual_seed(1)) * 2 for g in groups}
+    ids_NT = random_tokens(2, 8)
+    before = {g.name: writer(model, g).weight.clone() for g in groups}
+    with attached(model, groups, gates):
+        by_hooks = logits_of(model, ids_NT)
+    with folded(model, groups, gates, torch.float32):
+        torch.testing.assert_close(logits_of(model, ids_NT), by_hooks, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ZeroDivisionError), folded(model, groups, gates, torch.bfloat16):
+        raise ZeroDivisionError
+    assert all(torch.equal(writer(model, g).weight, before[g.name]) for g in groups)
+
+
+# --- the stage -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def finished(request, tmp_path_factory):
+    """A run that passed, of a checkpoint in each dtype."""
+    base = tmp_path_factory.mktemp("verified")
+    write_checkpoint(base / "dense", request.param)
+    write_texts(base / "text.jsonl")
+    assert secateur(*prune_arguments(base / "dense", base / "text.jsonl", base / "run")) == 0
+    return base / "run", request.param
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    folder = shutil.copytree(finished[0], tmp_path / "run")
+    return open_run(folder)
+
+
+class Silent:
+    def stage(self, name): ...
+    def step(self, step): ...
+    def written(self, tokens): ...
+
+
+def session(run):
+    return Session(run, Silent())
+
+
+def perturb(run, value):
+    """Moves one entry of one weight of the export by `value`."""
+    path = run.model / "model.safetensors"
+    tensors = load_file(path)
+    name = next(n for n in tensors if n.endswith("down_proj.weight"))
+    tensors[name][3, 0] += value
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def test_a_run_of_either_dtype_passes_and_is_compared_in_its_own_dtype_and_in_float32(finished):
+    folder, dtype = finished
+    verified = json.loads((folder / "verify.json").read_text())
+    assert verified["passed"] is True
+    own = [] if dtype == torch.float32 else ["bfloat16"]
+    assert [c["dtype"] for c in verified["comparisons"]] == [*own, "float32"]
+    assert all(t.dtype == dtype for t in load_file(folder / "model" / "model.safetensors").values())
+
+
+@pytest.mark.parametrize("value", [0.5, float("nan"), float("inf")])
+def test_a_perturbed_export_fails_and_is_set_aside(run, value):
+    perturb(run, value)
+    with pytest.raises(VerificationFailed, match="does not match the gated model") as error:
+        verify_stage(session(run))
+    assert "\n" not in str(error.value) and str(run.failed_model) in str(error.value)
+    assert not run.model.exists() and (run.failed_model / "config.json").is_file()
+    assert json.loads(run.verify.read_text())["passed"] is False
+
+
+def test_an_export_that_was_set_aside_is_not_evaluated(run):
+    perturb(run, 0.5)
+    with pytest.raises(VerificationFailed):
+        verify_stage(session(run))
+    with pytest.raises(InputError, match="failed verification"):
+        eval_stage(session(run))
+
+
+def test_the_command_ends_with_code_1_as_often_as_the_export_is_wrong_and_with_0_once_it_is_right(run, capsys):
+    for _ in range(2):
+        perturb(run, 0.5)
+        capsys.readouterr()
+        assert secateur("verify", run.folder) == 1
+        assert capsys.readouterr().err.count("\n") == 1
+        assert secateur("export", run.folder) == 0
+    assert secateur("verify", run.folder) == 0
+
+
+def test_an_export_of_another_plan_is_refused_and_stays_where_it_is(run):
+    assert secateur("plan", run.folder, "--shape", "uniform") == 0
+    with pytest.raises(InputError, match="exported from another plan; run `secateur export"):
+        verify_stage(session(run))
+    assert run.model.is_dir()
+
+
+def test_verifying_leaves_the_dense_model_as_it_was(run):
+    one = session(run)
+    model = one.loaded.model
+    before = {name: t.clone() for name, t in (*model.named_parameters(), *model.named_buffers())}
+    assert any(name.endswith("inv_freq") for name in before)
+    verify_stage(one)
+    for name, t in (*model.named_parameters(), *model.named_buffers()):
+        assert t.dtype == before[name].dtype and torch.equal(t, before[name]), name
