@@ -1,6 +1,7 @@
 """What a person reads of a run: the table of figures, dense against pruned, and the model card of the export."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -36,22 +37,39 @@ def summary(results: Mapping[str, Any]) -> list[Row]:
          f"{pruned['perplexity'] / dense['perplexity']:.2f} ×")
     ]  # fmt: skip
     for label, key, unit in figures:
-        change = f"−{1 - pruned[key] / dense[key]:.1%}" if dense[key] else ""
+        change = "" if pruned[key] == dense[key] else f"−{1 - pruned[key] / dense[key]:.1%}"
         rows.append((label, human(dense[key], unit), human(pruned[key], unit), change))
     return rows
 
 
+def arrival(results: Mapping[str, Any]) -> str:
+    """How far the learned gates were from the budget before they were held to it, and what that cost."""
+    before, after, opened, when = _last_step(results)
+    allowed = results["rounding"]["allowed"]
+    return (
+        f"budget: {allowed:.2%} of the units' parameters may stay, {opened:.2%} were open as learned; holding the "
+        f"gates to it {when} changed the held-out loss from {before:.4f} to {after:.4f} nats a token"
+    )
+
+
 def warnings(results: Mapping[str, Any]) -> list[str]:
     """What a user should know before trusting the model, from the content of eval.json."""
-    found, rounding = [], results["rounding"]
-    cost = rounding["held_out_planned"] - rounding["held_out_learned"]
-    if cost > COSTLY:
-        found.append(
-            f"rounding to the budget raised the held-out loss by {cost:.3f} nats a token: the gates left "
-            f"{rounding['open_gates']:.1%} open where {rounding['allowed']:.1%} are allowed. More steps, or the "
-            "default recipe, arrive closer"
-        )
-    return found
+    before, after, _opened, _when = _last_step(results)
+    if after - before <= COSTLY:
+        return []
+    return [
+        f"holding the gates to the budget raised the held-out loss by {after - before:.3f} nats a token; more steps, "
+        "or the default recipe, arrive closer by themselves"
+    ]
+
+
+def _last_step(results: Mapping[str, Any]) -> tuple[float, float, float, str]:
+    """Held-out loss before and after the gates are held to the budget, the share open before, and when that was."""
+    fixing, rounding = results["fixing"], results["rounding"]
+    if fixing is not None:
+        when = f"after step {fixing['step']}"
+        return fixing["held_out_before"], fixing["held_out_after"], fixing["kept_before"], when
+    return rounding["held_out_learned"], rounding["held_out_planned"], rounding["open_gates"], "at the end"
 
 
 def model_card(
@@ -66,9 +84,9 @@ def model_card(
     recipe = config.learning
     assert recipe is not None
     header = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["pruned", "secateur"]}
-    if "/" in config.model and not config.model.startswith(("/", ".", "~")) and config.model.count("/") == 1:
-        header["base_model"] = config.model
-    name = config.model.rstrip("/").rsplit("/", 1)[-1]
+    name = public_name(config.model)
+    if name == config.model:
+        header["base_model"] = name
     code = ", trust_remote_code=True" if ragged else ""
     widths = (
         "Widths differ by layer (`per_layer_config`); `modeling_pruned.py` in this folder builds them."
@@ -83,19 +101,20 @@ def model_card(
         f"{widths}", "", "```python", "from transformers import AutoModelForCausalLM",
         f'model = AutoModelForCausalLM.from_pretrained("PATH"{code})', "```", "", "## How it was made", "",
         f"- base model: `{name}`; its weights were frozen, nothing was fine-tuned",
-        f"- calibration data: {_data_name(config.data)}",
+        f"- calibration data: {public_name(config.data)}",
         f"- tokens: {config.steps} steps × {config.batch_size} × {config.seq_len} = "
         f"{config.steps * config.batch_size * config.seq_len:,}",
         f"- recipe: `{recipe.name}`, one budget per {config.per}, distillation weight {recipe.kd_weight:g}, seed "
         f"{config.seed}",
-        f"- held-out loss with the gates as learned {rounding.held_out_learned:.4f}, as exported "
-        f"{rounding.held_out_planned:.4f} nats a token", "",
     ]  # fmt: skip
+    if results is not None:
+        lines += [f"- {arrival(results)}"]
+    lines.append("")
     if results is not None:
         lines += ["## Figures", "", "| | dense | pruned | change |", "|---|---|---|---|"]
         lines += [f"| {' | '.join(row)} |" for row in summary(results)]
         lines += ["", f"Perplexity: {results['dense']['windows']} windows of {results['dense']['length']} tokens, "
-                  f"non-overlapping; {_data_name(results['text'])}.", ""]  # fmt: skip
+                  f"non-overlapping; {public_name(results['text'])}.", ""]  # fmt: skip
     if verified is not None:
         for c in verified["comparisons"]:
             lines.append(
@@ -106,7 +125,9 @@ def model_card(
     return "\n".join(lines)
 
 
-def _data_name(data: str) -> str:
-    if data == "self":
+def public_name(source: str) -> str:
+    """A hub id as it is; of a local path only the last part, as others have no use for the rest."""
+    if source == "self":
         return "text that the model itself wrote"
-    return f"`{data.rstrip('/').rsplit('/', 1)[-1]}`" if data.startswith(("/", ".", "~")) else data
+    local = Path(source).expanduser().exists() or source.startswith(("/", ".", "~"))
+    return Path(source).name if local else source

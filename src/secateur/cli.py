@@ -219,7 +219,7 @@ def _staged(run: "Run", stage: str, **options: Any) -> Any:
 
 
 def _print_results(run: "Run", results: dict[str, Any]) -> None:
-    from secateur.card import summary, warnings
+    from secateur.card import arrival, summary, warnings
 
     table = Table(title=f"{run.config.model} → {run.model}", title_justify="left")
     for column in ("", "dense", "pruned", "change"):
@@ -232,6 +232,7 @@ def _print_results(run: "Run", results: dict[str, Any]) -> None:
         f"perplexity on {measured['windows']} windows of {measured['length']} tokens, {results['text']}; FLOPs without "
         "attention over the context", markup=False,
     )  # fmt: skip
+    console.print(arrival(results))
     seconds = ", ".join(f"{stage} {took:.0f} s" for stage, took in results["seconds"].items())
     console.print(f"time: {seconds}")
     for warning in warnings(results):

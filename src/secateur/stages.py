@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from secateur.attach import attached
 from secateur.budget import figures, make_budget
-from secateur.card import model_card
+from secateur.card import model_card, public_name
 from secateur.config import Config
 from secateur.data import SELF, Blocks, load_blocks
 from secateur.evaluate import mean_loss, perplexity, windows
@@ -219,7 +219,7 @@ def export_stage(session: Session, shape: str | None = None) -> None:
             card=model_card(c, plan.shape, rounding, None, None),
             max_shard_size=c.max_shard_size,
             dtype=loaded.checkpoint_dtype,
-            base_model=c.model,
+            base_model=public_name(c.model),
         )
     run.verify.unlink(missing_ok=True)
     run.eval.unlink(missing_ok=True)
@@ -298,7 +298,9 @@ def eval_stage(session: Session) -> dict[str, Any]:
         pruned["disk_bytes"] = sum(f.stat().st_size for f in run.model.glob("*.safetensors"))
         counted = sum(p.numel() for p in exported.parameters())
         assert counted == pruned["parameters"], f"the export has {counted} parameters, {pruned['parameters']} planned"
-    results = {"text": text, "dense": dense, "pruned": pruned, "rounding": asdict(rounding)}
+    gates = load_gates(run.gates, description.groups, session.architecture)
+    results: dict[str, Any] = {"text": text, "dense": dense, "pruned": pruned, "rounding": asdict(rounding)}
+    results["fixing"] = gates.about.get("fixing")
     results["seconds"] = read_json(run.timings, "secateur prune")
     write_json(run.eval, results)
     verified = read_json(run.verify, f"secateur verify {run.folder}") if run.verify.exists() else None
