@@ -14,8 +14,9 @@ STRETCH_LOW, STRETCH_HIGH = -0.1, 1.1
 SCORE_SLOPE = 2.4
 """C₀ ≈ −log(−l/r): with it the retention score is 0 at z = 0 and 1 at z = 2μ."""
 
-ROWS_AT_ONCE = 64
-"""Rows of logits whose softmax is worked on at a time: 64 rows of 50 k words are 12 MB, which stay in cache."""
+CHUNK_BYTES = {"cpu": 2**21, "other": 2**27}
+"""Bytes of float32 logits whose softmax is worked on at a time: on a CPU what stays in its cache, elsewhere what keeps
+a device busy."""
 
 
 def straight_through(exact: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
@@ -58,18 +59,22 @@ class _Distillation(torch.autograd.Function):
         grad_RV = torch.empty_like(student_RV)
         ce = torch.zeros((), device=student_RV.device)
         kl = torch.zeros_like(ce)
-        for start in range(0, len(labels_R), ROWS_AT_ONCE):
-            part = slice(start, start + ROWS_AT_ONCE)
+        chunk = CHUNK_BYTES["cpu" if student_RV.device.type == "cpu" else "other"]
+        rows = max(1, chunk // (4 * student_RV.shape[1]))
+        for start in range(0, len(labels_R), rows):
+            part = slice(start, start + rows)
             student, labels_R1, weight_R1 = student_RV[part].float(), labels_R[part, None], counted_R[part, None]
             log_p = F.log_softmax(student, dim=-1)
             ce -= (log_p.gather(1, labels_R1) * weight_R1).sum()
-            grad = log_p.exp()
             if kd_weight:
                 log_q = F.log_softmax(teacher_RV[part].float() / temperature, dim=-1)
                 log_pt = log_p if temperature == 1.0 else F.log_softmax(student / temperature, dim=-1)
                 q = log_q.exp()
                 kl += temperature**2 * torch.dot((q * log_q.sub_(log_pt)).sum(-1), weight_R1[:, 0])
-                grad = grad.add(log_pt.exp().sub_(q), alpha=kd_weight * temperature)
+            grad = log_p.exp()
+            if kd_weight:
+                grad.add_(grad if temperature == 1.0 else log_pt.exp(), alpha=kd_weight * temperature)
+                grad.sub_(q, alpha=kd_weight * temperature)
             grad.scatter_add_(1, labels_R1, grad.new_full(labels_R1.shape, -1.0))
             grad_RV[part] = grad.mul_(weight_R1)
         ctx.save_for_backward(grad_RV)
