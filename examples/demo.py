@@ -43,7 +43,7 @@ def main() -> None:
 
     run("secateur", "inspect", model)
     run(
-        "secateur", "prune", model, "--sparsity", "0.2", "--data", "self", "--epochs", "2", "--steps", "60",
+        "secateur", "prune", model, "--sparsity", "0.2", "--data", "self", "--epochs", "2", "--steps", "40",
         "--seq-len", "256", "--batch-size", "2", "--held-out-tokens", "4096", "--eval-data", str(text),
         "--out", str(out),
     )  # fmt: skip

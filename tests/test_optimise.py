@@ -116,7 +116,8 @@ def test_the_recorded_scores_and_targets_are_those_of_the_gates(recipe):
 def test_gates_that_the_loss_minds_less_take_larger_steps():
     optimiser = Optimiser(auto_recipe(100), budget(), 100, 0, CPU)
     density_N = 10.0 ** torch.linspace(-8, -2, UNITS)
-    optimiser.start_from(density_N * optimiser.limits.share_N)
+    sensitivity_N = density_N * optimiser.limits.share_N
+    optimiser.start_from(sensitivity_N, sensitivity_N)
     steps_N = optimiser.step_size_N
     assert (steps_N.diff() <= 0).all() and steps_N[0] > steps_N[-1]
     before_N = optimiser.z_N.clone()
@@ -128,7 +129,8 @@ def test_gates_that_the_loss_minds_less_take_larger_steps():
 def test_units_that_fit_the_budget_by_sensitivity_start_whole_and_the_others_lower_but_open():
     optimiser = Optimiser(auto_recipe(100), budget(0.6), 100, 0, CPU)
     density_N = torch.rand(UNITS, generator=torch.Generator().manual_seed(0)) + 0.1
-    optimiser.start_from(density_N * optimiser.limits.share_N)
+    sensitivity_N = density_N * optimiser.limits.share_N
+    optimiser.start_from(sensitivity_N, sensitivity_N)
     inside_N = largest_that_fits(density_N, optimiser.limits)
     assert (optimiser.z_N[inside_N] == 1.0).all()
     outside_N = optimiser.z_N[~inside_N]
@@ -159,7 +161,8 @@ def test_a_restored_state_goes_on_bit_for_bit(recipe, interrupted_at):
 
     def fresh():
         optimiser = Optimiser(recipe(100), budget(constraints=2), 100, 0, CPU)
-        optimiser.start_from(torch.rand(UNITS, generator=torch.Generator().manual_seed(5)))
+        sensitivity_N = torch.rand(UNITS, generator=torch.Generator().manual_seed(5))
+        optimiser.start_from(sensitivity_N, sensitivity_N)
         return optimiser
 
     whole, first, second = fresh(), fresh(), Optimiser(recipe(100), budget(constraints=2), 100, 0, CPU)

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from runs import random_tokens, small_llama
 from secateur.attach import writer
 from secateur.describe import describe
-from secateur.sensitivity import gate_sensitivity
+from secateur.sensitivity import balanced, gate_sensitivity, weighted
+from secateur.units import Group
 
 
 def brute_force(model, groups, ids_NT):
@@ -50,3 +51,26 @@ def test_sensitivity_leaves_no_trace_in_the_model():
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]) and p.grad is None and not p.requires_grad
     assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+GROUPS = tuple(
+    Group(f"layers.{layer}.{kind}", layer, kind, units, "", (), ())
+    for layer in range(2)
+    for kind, units in (("heads", 2), ("channels", 3))
+)
+
+
+def test_heads_count_more_than_channels_by_the_weight():
+    ones_N = torch.ones(10)
+    assert weighted(ones_N, GROUPS, 3.0).tolist() == [3, 3, 1, 1, 1, 3, 3, 1, 1, 1]
+
+
+def test_balancing_evens_out_layers_and_keeps_the_order_within_each():
+    sensitivity_N = torch.tensor([5.0, 6.0, 1.0, 2.0, 4.0, 7.0, 8.0, 100.0, 200.0, 400.0])
+    even_N = balanced(sensitivity_N, GROUPS, 1.0)
+    torch.testing.assert_close(even_N[2:5], even_N[7:10])
+    torch.testing.assert_close(even_N[2:5], torch.tensor([10.0, 20.0, 40.0]))
+    half_N = balanced(sensitivity_N, GROUPS, 0.5)
+    torch.testing.assert_close(half_N[9] / half_N[4], torch.tensor(10.0))
+    assert half_N[:2].tolist() == [5.0, 6.0] and half_N[5:7].tolist() == [7.0, 8.0]
+    torch.testing.assert_close(balanced(sensitivity_N, GROUPS, 0.0), sensitivity_N)

@@ -52,6 +52,9 @@ class Recipe:
     those that the budget has no room for. 0: all gates start at 1 and move alike, as in the paper."""
     attention_weight: float
     """How much more a head's sensitivity counts than a channel's: heads removed together hurt more than their sum."""
+    layer_balance: float
+    """How much the channels' sensitivities are evened out between layers, 0 to 1: units that go together from one layer
+    hurt more than their sum, so that sensitivity one by one takes too many from the same layers."""
     start_outside: float
     """z at the start of units that do not fit the budget by sensitivity."""
     settle: float
@@ -63,7 +66,8 @@ def paper_recipe(steps: int) -> Recipe:
     return Recipe(
         name="paper", lr=2e-2, betas=(0.9, 0.999), warmup_steps=min(100, steps), kd_weight=2.0, kd_temperature=1.0,
         init_noise=0.01, mu_start=0.5, mu_end=0.1, mu_power=0.5, dual_lr=(2e-2, 4e-1, 2e-2),
-        dual_start=(0.0, 0.0, 0.0), adam_duals=True, sensitivity_batches=0, attention_weight=1.0, start_outside=1.0,
+        dual_start=(0.0, 0.0, 0.0), adam_duals=True, sensitivity_batches=0, attention_weight=1.0,
+        layer_balance=0.0, start_outside=1.0,
         settle=0.0,
     )  # fmt: skip
 
@@ -74,7 +78,7 @@ def auto_recipe(steps: int) -> Recipe:
         name="auto", lr=0.15 / steps**0.5, betas=(0.9, 0.99), warmup_steps=max(1, steps // 20), kd_weight=100.0,
         kd_temperature=1.0, init_noise=0.0, mu_start=0.15, mu_end=0.05, mu_power=1.0,
         dual_lr=(50.0 / steps, 50.0 / steps, 5.0 / steps), dual_start=(0.0, 5.0, 0.0), adam_duals=False,
-        sensitivity_batches=min(40, max(1, steps // 2)), attention_weight=3.0, start_outside=0.1, settle=0.5,
+        sensitivity_batches=min(120, steps), attention_weight=3.0, layer_balance=0.4, start_outside=0.1, settle=0.5,
     )  # fmt: skip
 
 

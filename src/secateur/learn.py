@@ -24,7 +24,7 @@ from secateur.files import InputError, replacing
 from secateur.gates import by_group
 from secateur.objective import distillation_loss, forward_gate
 from secateur.optimise import Optimiser, Step
-from secateur.sensitivity import gate_sensitivity
+from secateur.sensitivity import balanced, gate_sensitivity, weighted
 from secateur.units import Group
 
 
@@ -93,9 +93,8 @@ def learn(
         fixing = _restore(checkpoint, optimiser, settings)
     elif recipe.sensitivity_batches:
         rows_NT = calibration_NT[: recipe.sensitivity_batches * batch_size].to(device)
-        optimiser.start_from(
-            gate_sensitivity(model, groups, rows_NT, on_measured) * _weights(groups, recipe).to(device)
-        )
+        sensitivity_N = weighted(gate_sensitivity(model, groups, rows_NT, on_measured), groups, recipe.attention_weight)
+        optimiser.start_from(sensitivity_N, balanced(sensitivity_N, groups, recipe.layer_balance))
     batches = calibration_NT.split(batch_size)[:steps]
     assert len(batches) == steps, f"{steps} steps need {steps} batches, got {len(batches)}"
 
@@ -118,10 +117,6 @@ def learn(
             _save(checkpoint, *state, settings)
         raise
     return Learned(optimiser.z_N, fixing)
-
-
-def _weights(groups: tuple[Group, ...], recipe: Recipe) -> torch.Tensor:
-    return torch.cat([torch.full((g.units,), 1.0 if g.kind == "channels" else recipe.attention_weight) for g in groups])
 
 
 def _losses(

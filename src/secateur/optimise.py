@@ -81,17 +81,17 @@ class Optimiser:
         """The step before which the kept set is fixed; `steps` when it never is."""
         return self.steps - int(self.recipe.settle * self.steps)
 
-    def start_from(self, sensitivity_N: torch.Tensor) -> None:
-        """Step sizes and start from how much the loss minds each gate, in nats, shape (N,).
+    def start_from(self, sensitivity_N: torch.Tensor, cost_N: torch.Tensor) -> None:
+        """Step sizes from how much the loss minds each gate moving, the start from what its unit is taken to be worth.
 
         Step sizes ∝ (sensitivity a parameter)^−½, 1 for the median gate: with Adam's division by the gradient's own
-        size that is a natural-gradient step. Units that the budget has no room for, by the same measure, start nearly
-        closed; all stay free to move, so that learning decides.
+        size that is a natural-gradient step. Units that the budget has no room for, by cost a parameter, start nearly
+        closed; all stay free to move, so that learning decides. Both are in nats, of shape (N,).
         """
         density_N = sensitivity_N.to(self.z_N.device) / self.limits.share_N
         relative_N = (density_N / density_N.median()).clamp(min=1e-12)
         self.step_size_N = relative_N.pow(-0.5).clamp(*STEP_SIZE_RANGE)
-        inside_N = largest_that_fits(density_N, self.limits)
+        inside_N = largest_that_fits(cost_N.to(self.z_N.device) / self.limits.share_N, self.limits)
         self.z_N = torch.where(inside_N, self.z_N, self.recipe.start_outside)
         with torch.no_grad():
             self.theta_N.copy_((self.z_N - 1.0) / self.step_size_N)

@@ -62,3 +62,24 @@ def gate_sensitivity(
             on_row(row)
     tokens = ids_NT.shape[1] - 1
     return torch.cat(totals) * (tokens / len(ids_NT))
+
+
+def weighted(sensitivity_N: torch.Tensor, groups: tuple[Group, ...], attention_weight: float) -> torch.Tensor:
+    """Sensitivities with those of heads and KV groups counted `attention_weight` times (docs/study.md)."""
+    parts = sensitivity_N.split([g.units for g in groups])
+    return torch.cat([p if g.kind == "channels" else attention_weight * p for p, g in zip(parts, groups, strict=True)])
+
+
+def balanced(sensitivity_N: torch.Tensor, groups: tuple[Group, ...], strength: float) -> torch.Tensor:
+    """Channels' sensitivities with the differences between layers evened out: by 0 not at all, by 1 wholly.
+
+    Each layer is divided by (its geometric mean over that of all layers) to the power `strength`.
+    """
+    parts = list(sensitivity_N.clamp(min=1e-30).split([g.units for g in groups]))
+    levels = {i: parts[i].log().mean() for i, g in enumerate(groups) if g.kind == "channels"}
+    if not levels:
+        return sensitivity_N
+    middle = torch.stack(list(levels.values())).mean()
+    for i, level in levels.items():
+        parts[i] = parts[i] * torch.exp(-strength * (level - middle))
+    return torch.cat(parts)
