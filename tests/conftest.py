@@ -1,15 +1,55 @@
-"""Settings for all tests: one thread, no progress bars, and a module cache of their own for code in checkpoints."""
+"""Settings of all tests (one thread, no bars, their own cache for code in checkpoints), and a finished tiny run."""
 
 import os
+import shutil
 import tempfile
 
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="secateur-modules-")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import pytest
 import torch
 import transformers
+
+from runs import prune_arguments, secateur, write_checkpoint, write_texts
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    write_checkpoint(folder / "dense")
+    write_texts(folder / "text.jsonl")
+    return folder
+
+
+@pytest.fixture
+def dense(base):
+    return base / "dense"
+
+
+@pytest.fixture
+def text(base):
+    return base / "text.jsonl"
+
+
+@pytest.fixture(scope="module")
+def finished(base):
+    assert secateur(*prune_arguments(base / "dense", base / "text.jsonl", base / "run")) == 0
+    return base / "run"
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of a finished run, to work on."""
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+@pytest.fixture
+def broken(dense, tmp_path):
+    """A copy of the model, to break."""
+    return shutil.copytree(dense, tmp_path / "broken")

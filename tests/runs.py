@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -69,3 +70,25 @@ def secateur(*arguments: Any) -> int:
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else 0 if ended.code is None else 1
     return 0
+
+
+def complaint(capsys, *arguments, code=2):
+    """Runs a command that must fail; the one line it says."""
+    capsys.readouterr()
+    assert secateur(*arguments) == code
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and said.endswith("\n") and "Traceback" not in said, said
+    return said
+
+
+def leftovers(folder):
+    return [path.name for path in folder.rglob("*") if path.name.endswith(".tmp")]
+
+
+def gates_of(folder):
+    return load_file(folder / "gates.safetensors")
+
+
+def same_gates(folder, other):
+    first, second = gates_of(folder), gates_of(other)
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)

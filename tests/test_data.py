@@ -2,36 +2,31 @@
 
 import gzip
 import json
-from itertools import chain, count, islice
+from itertools import chain, count
 from types import SimpleNamespace
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 import zstandard
 from safetensors import safe_open
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from secateur import data, selftext
-from secateur.data import load_blocks
-from secateur.files import InputError
-from secateur.selftext import self_written
+from secateur import data
 from secateur.text import documents, evaluation_text
-
-BOS, EOS, WORDS = 1, 2, 400
-SPECIAL = {"<unk>": 0, "<s>": BOS, "</s>": EOS}
-VOCABULARY = len(SPECIAL) + WORDS
-COMPRESS = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
-
-
-def make_tokenizer(template=None):
-    inner = Tokenizer(models.WordLevel(SPECIAL | {f"w{i}": len(SPECIAL) + i for i in range(WORDS)}, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    if template:
-        inner.post_processor = processors.TemplateProcessing(template, special_tokens=[("<s>", BOS), ("</s>", EOS)])
-    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+from texts import (
+    BOS,
+    COMPRESS,
+    EOS,
+    VOCABULARY,
+    WORDS,
+    blocks_of,
+    complaint,
+    make_tokenizer,
+    own_words,
+    parquet_bytes,
+    words_in,
+    write_jsonl,
+)
 
 
 @pytest.fixture(scope="module")
@@ -47,41 +42,6 @@ def model():
         num_key_value_heads=1, initializer_range=0.5, bos_token_id=BOS, eos_token_id=EOS,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
-
-
-def own_words(documents_count, length=20):
-    """Documents of `length` words; document i says nothing but its own word i."""
-    return [" ".join([f"w{i}"] * length) for i in range(documents_count)]
-
-
-def write_jsonl(path, texts, column="text"):
-    path.write_text("".join(json.dumps({"id": i, column: t}) + "\n" for i, t in enumerate(texts)), encoding="utf-8")
-    return str(path)
-
-
-def parquet_bytes(texts, column="text"):
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.table({"id": list(range(len(texts))), column: texts}), sink)
-    return sink.getvalue().to_pybytes()
-
-
-def blocks_of(source, tokenizer, cache, **changes):
-    settings = {"vocab_size": VOCABULARY, "seq_len": 16, "calibration_blocks": 8, "held_out_blocks": 3, "seed": 0}
-    return load_blocks(source, tokenizer, cache=cache / "data.safetensors", **settings | changes)
-
-
-def words_in(blocks_NT):
-    return set(blocks_NT.flatten().tolist()) - {EOS}
-
-
-def complaint(call):
-    with pytest.raises(InputError) as error:
-        call()
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
-# ---- reading
 
 
 @pytest.mark.parametrize("compression", COMPRESS)
@@ -362,76 +322,3 @@ def test_a_broken_or_foreign_cache_is_built_anew(tmp_path, tokenizer, damage):
 
 
 # ---- text that the model writes
-
-
-def write(model, tokenizer, folder, documents_count=24, **changes):
-    options = {"seed": 0, "parts": folder, "batch_size": 8, "length": 40} | changes
-    return list(islice(self_written(model, tokenizer, **options), documents_count))
-
-
-def test_the_model_writes_documents_up_to_eos_from_diverse_openings(tmp_path, model, tokenizer):
-    state, told = torch.get_rng_state(), []
-    written = write(model, tokenizer, tmp_path, on_progress=told.append)
-    assert torch.equal(state, torch.get_rng_state())
-    assert all(EOS not in ids and 1 <= len(ids) <= 40 and max(ids) < VOCABULARY + 5 for ids in written)
-    assert {len(ids) for ids in written} > {40}, "some end early, some at the full length"
-    assert len({ids[0] for ids in written}) > 16 and not {ids[0] for ids in written} & set(SPECIAL.values())
-    assert all(len(SPECIAL) <= ids[0] < VOCABULARY for ids in written)
-    assert sum(told) == 3 * 8 * 39
-
-
-def test_openings_are_bos_where_texts_have_it_and_an_ordinary_word(tmp_path, model):
-    tokenizer = make_tokenizer("<s> $A </s>")
-    tokenizer.add_tokens([f"w{i}" for i in range(4, WORDS)])
-    written = write(model, tokenizer, tmp_path)
-    assert {tuple(ids[:2]) for ids in written} == {(BOS, len(SPECIAL) + i) for i in range(4)}
-
-
-def test_documents_end_before_the_first_eos_after_their_opening(tmp_path, model, tokenizer, monkeypatch):
-    rows = torch.tensor([[5, EOS, 7, EOS], [5, 6, EOS, EOS], [5, 6, 7, 8]])
-    monkeypatch.setattr(selftext, "_sample", lambda *args: rows)
-    assert write(model, tokenizer, tmp_path, 3) == [[5], [5, 6], [5, 6, 7, 8]]
-
-
-def test_writing_follows_the_model_and_never_its_unlikely_tokens(tmp_path, model, tokenizer, monkeypatch):
-    monkeypatch.setattr(selftext, "RELIABLE", 1.0)  # leaves the most likely token only
-    for ids in write(model, tokenizer, tmp_path, 8):
-        likeliest = model(torch.tensor([ids])).logits[0].argmax(dim=-1).tolist()
-        assert ids[1:] == likeliest[:-1]
-        assert len(ids) == 40 or likeliest[-1] == EOS
-
-
-def test_writing_depends_on_the_seed_and_goes_on_where_it_was_interrupted(tmp_path, model, tokenizer, monkeypatch):
-    whole = write(model, tokenizer, tmp_path / "whole")
-    assert write(model, tokenizer, tmp_path / "seed", seed=1) != whole
-    parts = tmp_path / "parts"
-    write(model, tokenizer, parts, 10)  # two of three batches
-    assert sorted(p.name for p in parts.iterdir()) == ["00000.safetensors", "00001.safetensors"]
-    (parts / "00000.safetensors").write_bytes(b"broken")
-    sampled, sample = [], selftext._sample
-    monkeypatch.setattr(selftext, "_sample", lambda *args: sampled.append(1) or sample(*args))
-    assert write(model, tokenizer, parts) == whole
-    assert len(sampled) == 2, "the broken batch and the missing one"
-
-
-def test_batches_of_another_model_are_not_taken_over(tmp_path, model, tokenizer):
-    whole = write(model, tokenizer, tmp_path)
-    torch.manual_seed(1)
-    other = LlamaForCausalLM(model.config).eval()
-    assert write(other, tokenizer, tmp_path) == write(other, tokenizer, tmp_path / "other") != whole
-
-
-def test_blocks_of_self_written_text_are_disjoint_and_sampled_once(tmp_path, model, tokenizer):
-    def load(written):
-        return blocks_of("self", tokenizer, tmp_path, vocab_size=VOCABULARY + 5, seq_len=32, written=written, epochs=2)
-
-    blocks = load(self_written(model, tokenizer, seed=0, parts=tmp_path / "parts", batch_size=4, length=40))
-    assert blocks.calibration_NT.shape == (8, 32) and blocks.held_out_NT.shape == (3, 32)
-    assert blocks.about["tokens"] == 4 * 32, "half is written, for two epochs"
-    assert torch.equal(blocks.calibration_NT[:4].sort(0).values, blocks.calibration_NT[4:].sort(0).values)
-    sequences = [[*ids, EOS] for ids in write(model, tokenizer, tmp_path / "parts", 50, batch_size=4)]
-    held_out = blocks.about["held_out_documents"]
-    assert blocks.held_out_NT.flatten().tolist() == list(chain(*sequences[:held_out]))[:96]
-    calibration = torch.tensor(list(chain(*sequences[held_out:]))[:128]).view(4, 32)
-    assert sorted(calibration.tolist()) == sorted(blocks.calibration_NT[:4].tolist())
-    assert torch.equal(load(iter(())).calibration_NT, blocks.calibration_NT)
