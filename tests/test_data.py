@@ -9,7 +9,6 @@ import pytest
 import torch
 import zstandard
 from safetensors import safe_open
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from secateur import data
 from secateur.text import documents, evaluation_text
@@ -17,7 +16,6 @@ from texts import (
     BOS,
     COMPRESS,
     EOS,
-    VOCABULARY,
     WORDS,
     blocks_of,
     complaint,
@@ -32,16 +30,6 @@ from texts import (
 @pytest.fixture(scope="module")
 def tokenizer():
     return make_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY + 5, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, initializer_range=0.5, bos_token_id=BOS, eos_token_id=EOS,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
 
 
 @pytest.mark.parametrize("compression", COMPRESS)
@@ -319,6 +307,3 @@ def test_a_broken_or_foreign_cache_is_built_anew(tmp_path, tokenizer, damage):
     assert torch.equal(blocks_of(source, tokenizer, tmp_path).calibration_NT, blocks.calibration_NT)
     (tmp_path / "a.jsonl").unlink()
     assert torch.equal(blocks_of(source, tokenizer, tmp_path).held_out_NT, blocks.held_out_NT)
-
-
-# ---- text that the model writes

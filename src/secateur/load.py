@@ -37,7 +37,7 @@ class Loaded:
 def load(name: str, device: str, dtype: str, trust_remote_code: bool) -> Loaded:
     """Loads a causal LM and its tokenizer, in eval mode and without gradients. Raises InputError with one line."""
     where = _source(name)
-    _, config = describe_pretrained(name, trust_remote_code)  # what cannot be pruned is refused before weights are read
+    description, config = describe_pretrained(name, trust_remote_code)  # refuses before any weight is read
     target = pick_device(device)
     own_dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     wanted = own_dtype if target.type != "cpu" else torch.float32
@@ -55,7 +55,7 @@ def load(name: str, device: str, dtype: str, trust_remote_code: bool) -> Loaded:
         f"cannot load the tokenizer of {name}",
     )
     model = model.to(target).eval().requires_grad_(False)
-    return Loaded(model, tokenizer, describe(model), own_dtype)
+    return Loaded(model, tokenizer, description, own_dtype)
 
 
 def describe_pretrained(name: str, trust_remote_code: bool = False) -> tuple[Description, PreTrainedConfig]:
