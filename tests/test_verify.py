@@ -11,7 +11,8 @@ from runs import described, prune_arguments, random_tokens, secateur, small_llam
 from secateur.attach import attached, writer
 from secateur.files import InputError
 from secateur.run import open_run
-from secateur.stages import Session, VerificationFailed, eval_stage, verify_stage
+from secateur.session import Session
+from secateur.stages import VerificationFailed, eval_stage, verify_stage
 from secateur.verify import compare, folded, logits_of
 
 LOGITS = 5 * torch.randn(2, 6, 30, generator=torch.Generator().manual_seed(0))

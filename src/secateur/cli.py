@@ -204,11 +204,12 @@ def _staged(run: "Run", stage: str, **options: Any) -> Any:
     """Runs a stage, or all of them, with progress on the screen."""
     from secateur import stages
     from secateur.progress import Screen
+    from secateur.session import Session
 
     console.print(f"run folder: {run.folder}", markup=False, soft_wrap=True)
     try:
         with Screen(console, run.config) as screen:
-            return getattr(stages, stage)(stages.Session(run, screen), **options)
+            return getattr(stages, stage)(Session(run, screen), **options)
     except KeyboardInterrupt:
         again = f"secateur prune --resume {run.folder}" if stage == "remaining_stages" else "the same command"
         errors.print(f"interrupted; nothing is lost, go on with: {again}", markup=False)

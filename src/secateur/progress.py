@@ -7,7 +7,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from secateur.config import Config
 from secateur.optimise import Step
-from secateur.stages import Progress as Listener
+from secateur.session import Progress as Listener
 
 TITLES = {
     "load": "loading the model",

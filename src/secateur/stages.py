@@ -5,11 +5,7 @@
 
 import json
 import shutil
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +16,17 @@ from secateur.attach import attached
 from secateur.budget import figures, make_budget
 from secateur.card import model_card, public_name
 from secateur.config import Config
-from secateur.data import SELF, Blocks, load_blocks
-from secateur.evaluate import mean_loss, perplexity, windows
+from secateur.evaluate import perplexity, windows
 from secateur.export import export
 from secateur.files import InputError, read_json, write_json, write_text
-from secateur.gates import Gates, architecture_fingerprint, load_gates, save_gates
+from secateur.gates import Gates, load_gates, save_gates
 from secateur.learn import LearningDiverged, learn
-from secateur.load import Loaded, load
 from secateur.optimise import Step
 from secateur.plan import Plan, Rounding, load_plan, make_plan, save_plan
-from secateur.run import Run, new_run, open_run
-from secateur.selftext import self_written
+from secateur.run import new_run, open_run
+from secateur.session import Session
 from secateur.slicing import pruned_shapes
-from secateur.text import evaluation_text, local_files
+from secateur.text import evaluation_text
 from secateur.verify import Comparison, compare, folded, logits_of, with_weights_in
 
 VERIFIED_ROWS = 4
@@ -41,89 +35,6 @@ VERIFIED_ROWS = 4
 
 class VerificationFailed(RuntimeError):
     """The export does not compute what the gated model computes."""
-
-
-class Progress:
-    """Hears of what the stages do, and says nothing; the command line's `Screen` draws it."""
-
-    def stage(self, name: str) -> None:
-        """A stage begins."""
-
-    def step(self, step: Step) -> None:
-        """A learning step is done."""
-
-    def measured(self, rows: int) -> None:
-        """The sensitivity of the gates has been measured on so many rows."""
-
-    def written(self, tokens: int) -> None:
-        """The model wrote so many more tokens of text for itself."""
-
-
-@dataclass
-class Session:
-    """A run with what its stages share, loaded when first needed."""
-
-    run: Run
-    progress: Progress = field(default_factory=Progress)
-
-    @property
-    def config(self) -> Config:
-        """The resolved settings."""
-        return self.run.config
-
-    @cached_property
-    def loaded(self) -> Loaded:
-        """The dense model."""
-        c = self.config
-        for data in {c.data, c.eval_data} - {SELF, None}:
-            local_files(str(data))  # a wrong path shows before a large model is loaded
-        with self.timed("load"):
-            return load(c.model, c.device, c.dtype, c.trust_remote_code)
-
-    @cached_property
-    def blocks(self) -> Blocks:
-        """Calibration and held-out tokens."""
-        c, loaded = self.config, self.loaded
-        with self.timed("data"):
-            written = self_written(
-                loaded.model,
-                loaded.tokenizer,
-                seed=c.seed,
-                parts=self.run.folder / "self",
-                length=c.seq_len,
-                on_progress=self.progress.written,
-            )
-            return load_blocks(
-                c.data,
-                loaded.tokenizer,
-                vocab_size=loaded.model.get_input_embeddings().num_embeddings,
-                seq_len=c.seq_len,
-                calibration_blocks=c.steps * c.batch_size,
-                held_out_blocks=-(-c.held_out_tokens // c.seq_len),
-                seed=c.seed,
-                cache=self.run.data,
-                epochs=c.epochs,
-                text_column=c.text_column,
-                written=written if c.data == SELF else None,
-            )
-
-    @cached_property
-    def architecture(self) -> str:
-        """Fingerprint that ties gates and plan to the model's shapes."""
-        return architecture_fingerprint(self.loaded.description.groups, self.loaded.description.shapes)
-
-    def held_out_loss(self, gates: Mapping[str, torch.Tensor] | None) -> float:
-        """Loss on held-out text, nats a token, with gates or dense."""
-        return mean_loss(self.loaded.model, self.blocks.held_out_NT, self.loaded.description.groups, gates)
-
-    @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        """Announces a stage and records the seconds it took in timings.json."""
-        self.progress.stage(stage)
-        start = time.perf_counter()
-        yield
-        timings = read_json(self.run.timings, "secateur prune") if self.run.timings.exists() else {}
-        write_json(self.run.timings, {**timings, stage: round(time.perf_counter() - start, 2)})
 
 
 def learn_stage(session: Session) -> Gates:

@@ -1,0 +1,103 @@
+"""A run with what its stages share, loaded when first needed: the dense model and the token blocks."""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+
+from secateur.config import Config
+from secateur.data import SELF, Blocks, load_blocks
+from secateur.evaluate import mean_loss
+from secateur.files import read_json, write_json
+from secateur.gates import architecture_fingerprint
+from secateur.load import Loaded, load
+from secateur.optimise import Step
+from secateur.run import Run
+from secateur.selftext import self_written
+from secateur.text import local_files
+
+
+class Progress:
+    """Hears of what the stages do, and says nothing; the command line's `Screen` draws it."""
+
+    def stage(self, name: str) -> None:
+        """A stage begins."""
+
+    def step(self, step: Step) -> None:
+        """A learning step is done."""
+
+    def measured(self, rows: int) -> None:
+        """The sensitivity of the gates has been measured on so many rows."""
+
+    def written(self, tokens: int) -> None:
+        """The model wrote so many more tokens of text for itself."""
+
+
+@dataclass
+class Session:
+    """A run with what its stages share, loaded when first needed."""
+
+    run: Run
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def config(self) -> Config:
+        """The resolved settings."""
+        return self.run.config
+
+    @cached_property
+    def loaded(self) -> Loaded:
+        """The dense model."""
+        c = self.config
+        for data in {c.data, c.eval_data} - {SELF, None}:
+            local_files(str(data))  # a wrong path shows before a large model is loaded
+        with self.timed("load"):
+            return load(c.model, c.device, c.dtype, c.trust_remote_code)
+
+    @cached_property
+    def blocks(self) -> Blocks:
+        """Calibration and held-out tokens."""
+        c, loaded = self.config, self.loaded
+        with self.timed("data"):
+            written = self_written(
+                loaded.model,
+                loaded.tokenizer,
+                seed=c.seed,
+                parts=self.run.folder / "self",
+                length=c.seq_len,
+                on_progress=self.progress.written,
+            )
+            return load_blocks(
+                c.data,
+                loaded.tokenizer,
+                vocab_size=loaded.model.get_input_embeddings().num_embeddings,
+                seq_len=c.seq_len,
+                calibration_blocks=c.steps * c.batch_size,
+                held_out_blocks=-(-c.held_out_tokens // c.seq_len),
+                seed=c.seed,
+                cache=self.run.data,
+                epochs=c.epochs,
+                text_column=c.text_column,
+                written=written if c.data == SELF else None,
+            )
+
+    @cached_property
+    def architecture(self) -> str:
+        """Fingerprint that ties gates and plan to the model's shapes."""
+        return architecture_fingerprint(self.loaded.description.groups, self.loaded.description.shapes)
+
+    def held_out_loss(self, gates: Mapping[str, torch.Tensor] | None) -> float:
+        """Loss on held-out text, nats a token, with gates or dense."""
+        return mean_loss(self.loaded.model, self.blocks.held_out_NT, self.loaded.description.groups, gates)
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Announces a stage and records the seconds it took in timings.json."""
+        self.progress.stage(stage)
+        start = time.perf_counter()
+        yield
+        timings = read_json(self.run.timings, "secateur prune") if self.run.timings.exists() else {}
+        write_json(self.run.timings, {**timings, stage: round(time.perf_counter() - start, 2)})
