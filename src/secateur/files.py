@@ -22,20 +22,24 @@ def replacing(target: Path) -> Iterator[Path]:
     Raises InputError when the disk is full or not writable, which safetensors reports by an error of its own.
     """
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    earlier = target.with_name(f".{target.name}.{os.getpid()}.earlier.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         if temporary.is_dir() and target.exists():
-            shutil.rmtree(target)
+            target.replace(earlier)  # a folder cannot be renamed over another
         temporary.replace(target)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0]
         raise InputError(f"cannot write {target}: {reason}") from None
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
+        if earlier.exists() and not target.exists():
+            earlier.replace(target)
+        for left in (temporary, earlier):
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
 
 
 def write_text(target: Path, text: str) -> None:

@@ -1,0 +1,57 @@
+"""The exported checkpoint with other weights: what `refit` and `recover` write.
+
+Everything but the weights stays as exported: names, shapes, dtypes, shards, configuration, tokenizer. config.json then
+lists what was done (`"secateur": {"updates": ["refit", "recover-lora"]}`): the model no longer equals the gated one.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from secateur.files import InputError, replacing, write_json, write_text
+
+
+def updates_of(folder: Path) -> list[str]:
+    """What was done to the weights of an exported checkpoint, in order; nothing for a fresh export or no folder."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return []
+    except ValueError as error:
+        raise InputError(f"{folder / 'config.json'} is not readable JSON ({error}); export again") from None
+    return list(config.get("secateur", {}).get("updates", []))
+
+
+def rewrite_weights(
+    folder: Path, tensors: Mapping[str, Tensor], update: str, texts: Mapping[str, str] | None = None
+) -> None:
+    """Replaces tensors of the checkpoint in `folder` by name and adds `update` to its list of updates.
+
+    Each tensor is cast to the dtype of the one it replaces; all others are copied bit for bit. `texts` are files to
+    write beside them, such as README.md. The folder changes as a whole or not at all. Memory: one shard.
+    """
+    shards = sorted(folder.glob("*.safetensors"))
+    missing = set(tensors)
+    with replacing(folder) as temporary:
+        shutil.copytree(folder, temporary, ignore=shutil.ignore_patterns("*.safetensors"))
+        for shard in shards:
+            with safe_open(shard, framework="pt") as file:
+                held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                metadata = file.metadata()
+            for name in held.keys() & tensors.keys():
+                old, new = held[name], tensors[name].detach()
+                assert new.shape == old.shape, f"{name} is {tuple(old.shape)} in {folder}, not {tuple(new.shape)}"
+                held[name] = new.to("cpu", old.dtype).contiguous()
+                missing.discard(name)
+            save_file(held, temporary / shard.name, metadata=metadata)
+        assert not missing, f"{folder} holds no {sorted(missing)}"
+        config = json.loads((temporary / "config.json").read_text(encoding="utf-8"))
+        config["secateur"] |= {"updates": [*updates_of(folder), update]}
+        write_json(temporary / "config.json", config)
+        for name, text in (texts or {}).items():
+            write_text(temporary / name, text)
