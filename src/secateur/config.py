@@ -159,6 +159,8 @@ class Config:
         for name in ("seq_len", "eval_length"):
             if getattr(self, name) < 2:
                 raise InputError(f"--{name.replace('_', '-')} must be at least 2 tokens, not {getattr(self, name)}")
+    bos: Literal["auto", "always", "never"] = "auto"
+    """Begin every sequence with BOS; `auto`: if the model's loss is clearly lower with it, as Gemma's is."""
         if self.held_out_tokens < self.seq_len:
             self.held_out_tokens = self.seq_len
         if self.lr is not None and self.lr <= 0:

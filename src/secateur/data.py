@@ -60,11 +60,12 @@ def load_blocks(
     cache: Path,
     epochs: int = 1,
     text_column: str = "text",
+    bos: int | None = None,
     written: Iterable[Sequence[int]] | None = None,
 ) -> Blocks:
     """Blocks of `seq_len` tokens from `data`, out of the file `cache` when it was made with the same settings.
 
-    Documents are shuffled by `seed`, each ends in EOS, and copies are left out. The first ones fill the held-out part,
+    Documents are shuffled by `seed`, each ends in EOS, and copies are left out. With `bos` every block begins with it. The first ones fill the held-out part,
     the next ones the calibration part; no more are tokenised than fill both. Short data is used up to `epochs` times.
     `written` are the documents of `--data self` (self_written), which are asked for only as far as `epochs` requires.
     Raises InputError for too few tokens, and for a tokenizer with ids outside of the model's `vocab_size`.
@@ -72,7 +73,7 @@ def load_blocks(
     settings = {
         "format": DATA_FORMAT, "data": data, "text_column": text_column, "tokenizer": tokenizer_fingerprint(tokenizer),
         "vocab_size": vocab_size, "seq_len": seq_len, "calibration_blocks": calibration_blocks,
-        "held_out_blocks": held_out_blocks, "seed": seed, "epochs": epochs,
+        "held_out_blocks": held_out_blocks, "seed": seed, "epochs": epochs, "bos": bos,
     }  # fmt: skip
     if (stored := load_stored(cache, settings)) is None:
         least = -(-calibration_blocks // epochs)
@@ -80,11 +81,11 @@ def load_blocks(
             written = _tokenised(_shuffled(filter(str.strip, documents(data, text_column)), seed), tokenizer)
         assert written is not None, "--data self needs the documents that self_written yields"
         ids = _distinct(written, tokenizer.eos_token_id, vocab_size)
-        held_out_NT, found, held_out_documents = _pack(ids, held_out_blocks, seq_len)
+        held_out_NT, found, held_out_documents = _pack(ids, held_out_blocks, seq_len, bos)
         if len(held_out_NT) < held_out_blocks:
             remedy = "give more text, or lower --held-out-tokens or --seq-len"
             raise _too_short(data, "held-out", held_out_blocks, seq_len, found, remedy)
-        calibration_NT, found, used = _pack(ids, least if data == SELF else calibration_blocks, seq_len)
+        calibration_NT, found, used = _pack(ids, least if data == SELF else calibration_blocks, seq_len, bos)
         if len(calibration_NT) < least:
             remedy = f"give more text (beside the {held_out_documents:,} documents held out) or take fewer steps"
             if len(calibration_NT):
@@ -148,8 +149,14 @@ def _distinct(written: Iterable[Sequence[int]], eos: int | None, vocab_size: int
             yield ids_T
 
 
-def _pack(ids: Iterator[torch.Tensor], blocks: int, seq_len: int) -> tuple[torch.Tensor, int, int]:
+def _pack(
+    ids: Iterator[torch.Tensor], blocks: int, seq_len: int, bos: int | None = None
+) -> tuple[torch.Tensor, int, int]:
     """Takes just as many documents as fill `blocks` blocks; the blocks (N, T), tokens found, documents taken."""
+    if bos is not None:
+        without = ((ids_T[1:] if ids_T[0] == bos else ids_T) for ids_T in ids)
+        text_NT, found, documents_taken = _pack(without, blocks, seq_len - 1)
+        return torch.cat([text_NT.new_full((len(text_NT), 1), bos), text_NT], dim=1), found, documents_taken
     taken, found = [], 0
     while found < blocks * seq_len and (ids_T := next(ids, None)) is not None:
         taken.append(ids_T)

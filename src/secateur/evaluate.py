@@ -39,12 +39,13 @@ def mean_loss(
     ids_NT: torch.Tensor,
     groups: Sequence[Group] = (),
     gates: Mapping[str, torch.Tensor] | None = None,
+    biases: Mapping[str, torch.Tensor] | None = None,
 ) -> float:
-    """Mean loss in nats a predicted token over rows of token ids, with gates where given."""
+    """Mean loss in nats a predicted token over rows of token ids, with gates (and writers' biases) where given."""
     device = next(model.parameters()).device
     rows = max(1, LOGITS_AT_ONCE // (4 * ids_NT.shape[1] * model.config.vocab_size))
     total = 0.0
-    with attached(model, groups, gates) if gates is not None else nullcontext():
+    with attached(model, groups, gates, biases) if gates is not None else nullcontext():
         for ids_BT in ids_NT.split(rows):
             ids_BT = ids_BT.to(device)
             logits_BTV = model(ids_BT, use_cache=False).logits
@@ -53,8 +54,14 @@ def mean_loss(
     return total / (ids_NT.shape[0] * (ids_NT.shape[1] - 1))
 
 
-def windows(tokens_T: torch.Tensor, count: int, length: int, name: str) -> torch.Tensor:
-    """The first `count` non-overlapping windows of a text, shape (≤ count, length). InputError if it has none."""
+def windows(tokens_T: torch.Tensor, count: int, length: int, name: str, bos: int | None = None) -> torch.Tensor:
+    """The first `count` non-overlapping windows of a text, shape (≤ count, length). InputError if it has none.
+
+    With `bos` every window begins with it, in the place of a token of text: just as many tokens are predicted.
+    """
+    if bos is not None:
+        windows_NT = windows(tokens_T[tokens_T != bos], count, length - 1, name)
+        return torch.cat([torch.full((len(windows_NT), 1), bos), windows_NT], dim=1)
     available = len(tokens_T) // length
     if available == 0:
         raise InputError(f"{name} has {len(tokens_T)} tokens; a window of perplexity needs {length} (--eval-length)")

@@ -25,25 +25,26 @@ def self_written(
     *,
     seed: int,
     parts: Path,
+    bos: int | None = None,
     batch_size: int = 64,
     length: int = 512,
     on_progress: Callable[[int], None] = lambda _: None,
 ) -> Iterator[list[int]]:
     """Documents that the model writes, as token ids without EOS: endless, the reader stops when it has enough.
 
-    Each begins with BOS if the tokenizer adds one to texts; then a token drawn uniformly from the vocabulary makes
+    Each begins with BOS if the model wants it (`bos`) or the tokenizer adds one to texts; then a token drawn uniformly from the vocabulary makes
     openings diverse, and the model samples the rest, to EOS or `length` tokens (LLM-QAT, arXiv 2305.17888). Batch i
     follows from model, seed and i alone and is kept in the folder `parts`, so that an interrupted run goes on where it
     was. `on_progress` is told of every lot of tokens. The global random state is not touched.
     """
-    bos = [i for i in tokenizer("")["input_ids"] if i == tokenizer.bos_token_id][:1]
+    opening = [i for i in tokenizer("")["input_ids"] if i == tokenizer.bos_token_id][:1] if bos is None else [bos]
     special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
     embedded = range(model.get_input_embeddings().num_embeddings)  # may have fewer or more rows than the vocabulary
     ordinary_V = torch.tensor(sorted({*tokenizer.get_vocab().values()}.intersection(embedded) - special))
     settings = {
         "format": DATA_FORMAT, "tokenizer": tokenizer_fingerprint(tokenizer), "reliable": RELIABLE, "seed": seed,
         "model": fingerprint(*(p.detach().flatten()[:16].float().cpu() for p in model.parameters())),
-        "batch_size": batch_size, "length": length,
+        "batch_size": batch_size, "length": length, "opening": opening,
     }  # fmt: skip
     for batch in count():
         path = parts / f"{batch:05d}.safetensors"
@@ -51,11 +52,11 @@ def self_written(
             generator = torch.Generator(model.device)
             generator.manual_seed(random.Random(f"{seed}/{batch}").getrandbits(63))
             first_B = torch.randint(len(ordinary_V), (batch_size,), generator=generator, device=model.device).cpu()
-            opening_BT = torch.cat([torch.tensor([bos] * batch_size).long(), ordinary_V[first_B, None]], dim=1)
+            opening_BT = torch.cat([torch.tensor([opening] * batch_size).long(), ordinary_V[first_B, None]], dim=1)
             ids_BT = _sample(model, opening_BT.to(model.device), length, tokenizer.eos_token_id, generator, on_progress)
             stored = store(path, {"ids": ids_BT.int().cpu()}, settings, {})
         for ids in stored[0]["ids"].tolist():
-            end = next((i for i in range(len(bos) + 1, len(ids)) if ids[i] == tokenizer.eos_token_id), len(ids))
+            end = next((i for i in range(len(opening) + 1, len(ids)) if ids[i] == tokenizer.eos_token_id), len(ids))
             yield ids[:end]
 
 

@@ -8,6 +8,7 @@ from functools import cached_property
 
 import torch
 
+from secateur.bos import leading_bos
 from secateur.config import Config
 from secateur.data import SELF, Blocks, load_blocks
 from secateur.evaluate import mean_loss
@@ -58,6 +59,11 @@ class Session:
             return load(c.model, c.device, c.dtype, c.trust_remote_code)
 
     @cached_property
+    def bos(self) -> int | None:
+        """What every block and every window begins with: BOS where the model wants it, else nothing."""
+        return leading_bos(self.loaded.model, self.loaded.tokenizer, self.config.bos)
+
+    @cached_property
     def blocks(self) -> Blocks:
         """Calibration and held-out tokens."""
         c, loaded = self.config, self.loaded
@@ -66,6 +72,7 @@ class Session:
                 loaded.model,
                 loaded.tokenizer,
                 seed=c.seed,
+                bos=self.bos,
                 parts=self.run.folder / "self",
                 length=c.seq_len,
                 on_progress=self.progress.written,
@@ -81,6 +88,7 @@ class Session:
                 cache=self.run.data,
                 epochs=c.epochs,
                 text_column=c.text_column,
+                bos=self.bos,
                 written=written if c.data == SELF else None,
             )
 

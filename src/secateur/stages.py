@@ -226,7 +226,7 @@ def _evaluation_windows(session: Session) -> tuple[torch.Tensor, str]:
         return rows_NT, f"held-out part of {c.data}"
     text = evaluation_text(c.eval_data, c.text_column, characters=c.eval_windows * c.eval_length * 12)
     tokens_T = session.loaded.tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
-    return windows(tokens_T, c.eval_windows, c.eval_length, c.eval_data), c.eval_data
+    return windows(tokens_T, c.eval_windows, c.eval_length, c.eval_data, session.bos), c.eval_data
 
 
 def prune(config: Config) -> dict[str, Any]:
