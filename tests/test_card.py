@@ -8,7 +8,7 @@ from secateur.config import Config
 from secateur.plan import Rounding
 
 FIGURES = {
-    "perplexity": 20.0, "windows": 4, "length": 8, "parameters": 1000, "block_parameters": 800, "flops_per_token": 2000,
+    "perplexity": 20.0, "windows": 4, "length": 8, "tokens": 28, "parameters": 1000, "block_parameters": 800, "flops_per_token": 2000,
     "kv_bytes_per_token": 64, "disk_bytes": 4000,
 }  # fmt: skip
 ROUNDING = Rounding(0.8, 0.85, 0.8, 3, 0, 0.0, 3.0, 3.5)
@@ -18,6 +18,7 @@ def results(**changes: Any) -> dict[str, Any]:
     pruned = FIGURES | {"perplexity": 30.0, "parameters": 840, "block_parameters": 640}
     return {
         "text": "text.txt",
+        "join": "raw",
         "dense": FIGURES,
         "pruned": pruned,
         "rounding": vars(ROUNDING),

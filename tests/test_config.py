@@ -80,7 +80,7 @@ def test_a_missing_file_is_named(file):
     ("field", "value"),
     [
         ("sparsity", 0.0), ("sparsity", 1.0), ("sparsity", 1.5), ("sparsity", -0.1), ("sparsity", float("nan")),
-        ("steps", 0), ("batch_size", 0), ("epochs", 0), ("eval_windows", 0), ("checkpoint_every", 0),
+        ("steps", 0), ("batch_size", 0), ("epochs", 0), ("eval_windows", -1), ("checkpoint_every", 0),
         ("seq_len", 1), ("eval_length", 1), ("lr", 0.0), ("lr", -1.0), ("kd_weight", -1.0), ("kd_temperature", 0.0),
     ],
 )  # fmt: skip

@@ -42,6 +42,17 @@ def summary(results: Mapping[str, Any]) -> list[Row]:
     return rows
 
 
+def protocol(results: Mapping[str, Any]) -> str:
+    """How the perplexity was measured: windows, stride, tokens that count, and what the text was joined from."""
+    measured = results["dense"]
+    joins = {"packed": "documents packed, EOS between them", "raw": "text as it is, rows joined by a blank line",
+             "lines": "lines joined by a blank line, as in papers on WikiText-2"}  # fmt: skip
+    return (
+        f"{measured['windows']:,} windows of {measured['length']:,} tokens without overlap, {measured['tokens']:,} "
+        f"tokens predicted, {joins[results['join']]}"
+    )
+
+
 def arrival(results: Mapping[str, Any]) -> str:
     """How far the learned gates were from the budget before they were held to it, and what that cost."""
     before, after, opened, when = _last_step(results)
@@ -113,8 +124,7 @@ def model_card(
     if results is not None:
         lines += ["## Figures", "", "| | dense | pruned | change |", "|---|---|---|---|"]
         lines += [f"| {' | '.join(row)} |" for row in summary(results)]
-        lines += ["", f"Perplexity: {results['dense']['windows']} windows of {results['dense']['length']} tokens, "
-                  f"non-overlapping; {public_name(results['text'])}.", ""]  # fmt: skip
+        lines += ["", f"Perplexity: {protocol(results)}; {public_name(results['text'])}.", ""]
     if verified is not None:
         for c in verified["comparisons"]:
             lines.append(

@@ -97,8 +97,10 @@ class Eval:
     """Folder of the run."""
     eval_data: str | None = None
     """Text for the perplexities (default: the run's)."""
+    eval_join: Literal["raw", "lines"] | None = None
+    """`raw`: text files as they are; `lines`: the papers' WikiText-2 protocol (default: the run's)."""
     eval_windows: int | None = None
-    """Windows of evaluation text (default: the run's)."""
+    """Windows of evaluation text, 0 for all of it (default: the run's)."""
     eval_length: int | None = None
     """Tokens a window (default: the run's)."""
 
@@ -220,7 +222,7 @@ def _staged(run: "Run", stage: str, **options: Any) -> Any:
 
 
 def _print_results(run: "Run", results: dict[str, Any]) -> None:
-    from secateur.card import arrival, summary, warnings
+    from secateur.card import arrival, protocol, summary, warnings
 
     table = Table(title=f"{run.config.model} → {run.model}", title_justify="left")
     for column in ("", "dense", "pruned", "change"):
@@ -228,11 +230,8 @@ def _print_results(run: "Run", results: dict[str, Any]) -> None:
     for row in summary(results):
         table.add_row(*row)
     console.print(table)
-    measured = results["dense"]
-    console.print(
-        f"perplexity on {measured['windows']} windows of {measured['length']} tokens, {results['text']}; FLOPs without "
-        "attention over the context", markup=False,
-    )  # fmt: skip
+    told = f"perplexity: {protocol(results)}, {results['text']}; FLOPs without attention over the context"
+    console.print(told, markup=False)
     console.print(arrival(results))
     seconds = ", ".join(f"{stage} {took:.0f} s" for stage, took in results["seconds"].items())
     console.print(f"time: {seconds}")

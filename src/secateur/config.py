@@ -131,10 +131,17 @@ class Config:
     """Tokens of held-out documents on which losses before and after are measured."""
     eval_data: str | None = None
     """Text for the perplexities of the final table (default: the held-out part of the data)."""
+    eval_join: Literal["raw", "lines"] = "raw"
+    """What `eval_data` is joined from: `raw`, text files as they are; `lines`, every line a row, rows joined by a blank
+    line: the papers' WikiText-2 protocol for the raw file. Rows of other files are joined by a blank line always."""
     eval_windows: int = 20
-    """Windows of evaluation text, non-overlapping, from its start."""
+    """Windows of evaluation text, non-overlapping, from its start; 0 takes all of it."""
     eval_length: int = 512
     """Tokens a window."""
+    tasks: tuple[str, ...] = ()
+    """Zero-shot tasks for the final table: names of lm-eval's tasks, or files of items (.jsonl; .gz, .zst)."""
+    task_limit: int | None = None
+    """Items a task, a random sample by `seed` (default: all)."""
     device: str = "auto"
     """Device to learn on: `cuda`, `cuda:1`, `mps`, `cpu`; `auto` takes the first accelerator."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -153,7 +160,7 @@ class Config:
         """Raises InputError for settings that are out of range or contradict each other."""
         if not 0 < self.sparsity < 1:
             raise InputError(f"--sparsity must lie between 0 and 1, not {self.sparsity}: it is the share to remove")
-        for name in ("steps", "batch_size", "epochs", "eval_windows", "checkpoint_every"):
+        for name in ("steps", "batch_size", "epochs", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
         for name in ("seq_len", "eval_length"):
@@ -161,6 +168,10 @@ class Config:
                 raise InputError(f"--{name.replace('_', '-')} must be at least 2 tokens, not {getattr(self, name)}")
     bos: Literal["auto", "always", "never"] = "auto"
     """Begin every sequence with BOS; `auto`: if the model's loss is clearly lower with it, as Gemma's is."""
+        if self.eval_windows < 0:
+            raise InputError(f"--eval-windows must be at least 1, or 0 for the whole text, not {self.eval_windows}")
+        if self.task_limit is not None and self.task_limit < 1:
+            raise InputError(f"--task-limit must be at least 1 item, not {self.task_limit}")
         if self.held_out_tokens < self.seq_len:
             self.held_out_tokens = self.seq_len
         if self.lr is not None and self.lr <= 0:

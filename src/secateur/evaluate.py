@@ -1,7 +1,12 @@
 """Losses and perplexities, by a stated protocol; serves `secateur eval RUN`.
 
-Perplexity: the text is tokenised once as a whole, cut into non-overlapping windows from its start, and each window's
-tokens but its first are predicted from those before them in the window (the papers' WikiText-2 protocol).
+Perplexity: the text is tokenised once as a whole, cut into windows of L tokens from its start (stride L, so they do not
+overlap; what is left at the end is dropped), and the L − 1 tokens of a window after its first are predicted from those
+before them in the window. Figure: exp of the mean negative log-likelihood over all predicted tokens.
+
+Papers report WikiText-2 so (the protocol of GPTQ, arXiv 2210.17323): the rows of the raw test split are its lines with
+their newline, blank ones are "", `"\n\n".join(rows)` is the text, L = 2048, all windows. Here: `--eval-data FILE
+--eval-join lines --eval-windows 0 --eval-length 2048`, or the rows on the hub as `--eval-data` without `--eval-join`.
 """
 
 import math
@@ -30,7 +35,9 @@ class Perplexity:
     """Mean negative log-likelihood, nats a predicted token."""
     windows: int
     length: int
-    """Tokens a window; length − 1 of them are predicted."""
+    """Tokens a window, which is the stride as well; length − 1 of them are predicted."""
+    tokens: int
+    """Predicted tokens: windows × (length − 1)."""
 
 
 @torch.no_grad()
@@ -55,7 +62,7 @@ def mean_loss(
 
 
 def windows(tokens_T: torch.Tensor, count: int, length: int, name: str, bos: int | None = None) -> torch.Tensor:
-    """The first `count` non-overlapping windows of a text, shape (≤ count, length). InputError if it has none.
+    """The first `count` non-overlapping windows of a text (0: all), shape (≤ count, length). InputError if it has none.
 
     With `bos` every window begins with it, in the place of a token of text: just as many tokens are predicted.
     """
@@ -65,10 +72,11 @@ def windows(tokens_T: torch.Tensor, count: int, length: int, name: str, bos: int
     available = len(tokens_T) // length
     if available == 0:
         raise InputError(f"{name} has {len(tokens_T)} tokens; a window of perplexity needs {length} (--eval-length)")
-    return tokens_T[: min(count, available) * length].view(-1, length)
+    return tokens_T[: min(count or available, available) * length].view(-1, length)
 
 
 def perplexity(model: PreTrainedModel, ids_NT: torch.Tensor) -> Perplexity:
     """Perplexity over windows of token ids of shape (windows, length)."""
     loss = mean_loss(model, ids_NT)
-    return Perplexity(math.exp(min(loss, 700.0)), loss, ids_NT.shape[0], ids_NT.shape[1])
+    count, length = ids_NT.shape
+    return Perplexity(math.exp(min(loss, 700.0)), loss, count, length, count * (length - 1))

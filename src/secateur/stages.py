@@ -199,7 +199,7 @@ def eval_stage(session: Session) -> dict[str, Any]:
     run, c, loaded = session.run, session.config, session.loaded
     plan, rounding = _planned(session)
     description = loaded.description
-    ids_NT, text = _evaluation_windows(session)
+    ids_NT, text, join = _evaluation_windows(session)
     with session.timed("eval"):
         exported = load_export(session, next(loaded.model.parameters()).dtype)
         bytes_per_value = loaded.checkpoint_dtype.itemsize
@@ -212,6 +212,7 @@ def eval_stage(session: Session) -> dict[str, Any]:
     gates = load_gates(run.gates, description.groups, session.architecture)
     results: dict[str, Any] = {"text": text, "dense": dense, "pruned": pruned, "rounding": asdict(rounding)}
     results["fixing"] = gates.about.get("fixing")
+    results["join"] = join
     results["seconds"] = read_json(run.timings, "secateur prune")
     write_json(run.eval, results)
     verified = read_json(run.verify, f"secateur verify {run.folder}") if run.verify.exists() else None
@@ -219,14 +220,16 @@ def eval_stage(session: Session) -> dict[str, Any]:
     return results
 
 
-def _evaluation_windows(session: Session) -> tuple[torch.Tensor, str]:
+def _evaluation_windows(session: Session) -> tuple[torch.Tensor, str, str]:
+    """Windows to measure perplexity on, the name of their text, and how its documents are joined."""
     c = session.config
     if c.eval_data is None:
         rows_NT = session.blocks.held_out_NT
-        return rows_NT, f"held-out part of {c.data}"
-    text = evaluation_text(c.eval_data, c.text_column, characters=c.eval_windows * c.eval_length * 12)
+        return rows_NT, f"held-out part of {c.data}", "packed"
+    characters = c.eval_windows * c.eval_length * 12 or None
+    text = evaluation_text(c.eval_data, c.text_column, characters, c.eval_join)
     tokens_T = session.loaded.tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
-    return windows(tokens_T, c.eval_windows, c.eval_length, c.eval_data, session.bos), c.eval_data
+    return windows(tokens_T, c.eval_windows, c.eval_length, c.eval_data, session.bos), c.eval_data, c.eval_join
 
 
 def prune(config: Config) -> dict[str, Any]:

@@ -9,9 +9,9 @@ import io
 import json
 import textwrap
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from secateur.files import InputError
 
 COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
+JSON_LINES = (".jsonl", ".ndjson", ".json")
 PIECE_CHARACTERS = 4_000
 """Plain text is cut into documents of about this length."""
 
@@ -38,14 +39,21 @@ def documents(data: str, text_column: str = "text", whole: bool = False) -> Iter
         yield from _file_documents(path, text_column, whole)
 
 
-def evaluation_text(data: str, text_column: str = "text", characters: int | None = None) -> str:
-    """One text for perplexities: documents joined by blank lines, text files as they are; the first `characters` of it.
+def evaluation_text(
+    data: str, text_column: str = "text", characters: int | None = None, join: Literal["raw", "lines"] = "raw"
+) -> str:
+    """One text for perplexities, documents joined by a blank line ("\\n\\n"); the first `characters` of it, or all.
 
-    Empty documents count, so that rows of WikiText-2 give the text of the published protocol.
+    `raw`: a text file is one document, as it is. `lines`: every line is a document, with its newline, and a blank line
+    is an empty one, as in the rows of WikiText-2 on the hub. Empty documents count: so the hub's rows by either `join`
+    and the raw file by `lines` give the text of the papers' protocol.
     """
     taken, length = [], 0
     for document in documents(data, text_column, whole=True):
-        taken.append(document)
+        rows = [document]
+        if join == "lines":
+            rows = [line if line.strip() else "" for line in io.StringIO(document)] or [""]
+        taken += rows
         length += len(document)
         if characters is not None and length >= characters:
             break
@@ -60,27 +68,34 @@ def local_files(data: str) -> list[Path] | None:
     path = Path(data).expanduser()
     if data and path.is_dir():
         inside = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
-        files = sorted(p for p in inside if _suffix(p) in READERS and p.is_file())
+        files = sorted(p for p in inside if file_type(p) in READERS and p.is_file())
         if not files:
             raise InputError(f"{data}: no file in this folder ends in {', '.join(READERS)} (or these with .gz, .zst)")
         return files
     if data and path.exists():
         return [path]
-    if not data or _suffix(path) in READERS or data[0] in "./~" or data.count("/") > 1:
+    if not data or file_type(path) in READERS or data[0] in "./~" or data.count("/") > 1:
         raise InputError(f"{data!r}: no such file or folder; check the path given as data")
     return None
 
 
-def _suffix(path: Path) -> str:
-    """File type: the suffix before .gz or .zst, in lower case."""
+def file_type(path: Path) -> str:
+    """The suffix before .gz or .zst, in lower case."""
     return (path.with_suffix("") if path.suffix.lower() in COMPRESSION else path).suffix.lower()
 
 
 def _file_documents(path: Path, column: str, whole: bool) -> Iterator[str]:
-    if _suffix(path) not in READERS:
+    if file_type(path) not in READERS:
         raise InputError(f"{path}: unknown file type; files may end in {', '.join(READERS)} (or these with .gz, .zst)")
+    with _errors_of(path):
+        yield from READERS[file_type(path)](path, column, whole)
+
+
+@contextmanager
+def _errors_of(path: Path) -> Iterator[None]:
+    """Turns what reading raises into one line that names the file."""
     try:
-        yield from READERS[_suffix(path)](path, column, whole)
+        yield
     except UnicodeDecodeError:
         raise InputError(f"{path} is not UTF-8 text; convert it, for instance with iconv") from None
     except (OSError, pa.ArrowException) as error:
@@ -106,8 +121,9 @@ def _text_documents(path: Path, column: str, whole: bool) -> Iterator[str]:
         yield piece.strip("\n")
 
 
-def _jsonl_documents(path: Path, column: str, whole: bool) -> Iterator[str]:
-    with io.TextIOWrapper(_stream(path), encoding="utf-8-sig") as file:
+def json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows of a JSON Lines file, each with its place (file and line). Raises InputError for what is no JSON object."""
+    with _errors_of(path), io.TextIOWrapper(_stream(path), encoding="utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 row = None
@@ -115,7 +131,12 @@ def _jsonl_documents(path: Path, column: str, whole: bool) -> Iterator[str]:
                     row = json.loads(line)
                 if not isinstance(row, dict):
                     raise InputError(f"{path}, line {number} is not a JSON object; a JSON Lines file has one a line")
-                yield _text_of(row, column, f"{path}, line {number}")
+                yield f"{path}, line {number}", row
+
+
+def _jsonl_documents(path: Path, column: str, whole: bool) -> Iterator[str]:
+    for place, row in json_rows(path):
+        yield _text_of(row, column, place)
 
 
 def _parquet_documents(path: Path, column: str, whole: bool) -> Iterator[str]:
@@ -129,7 +150,7 @@ def _parquet_documents(path: Path, column: str, whole: bool) -> Iterator[str]:
 
 READERS: dict[str, Callable[[Path, str, bool], Iterator[str]]] = {
     **dict.fromkeys((".txt", ".text", ".md"), _text_documents),
-    **dict.fromkeys((".jsonl", ".ndjson", ".json"), _jsonl_documents),
+    **dict.fromkeys(JSON_LINES, _jsonl_documents),
     ".parquet": _parquet_documents,
 }
 
