@@ -7,7 +7,8 @@ import torch
 
 from secateur.budget import Budget, largest_that_fits
 from secateur.config import auto_recipe, paper_recipe
-from secateur.optimise import LOWEST, Optimiser
+from secateur.optimise import Optimiser
+from secateur.relaxation import LOWEST
 
 UNITS = 400
 CPU = torch.device("cpu")

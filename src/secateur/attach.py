@@ -4,7 +4,7 @@ The model's own code and weights are never touched; leaving the context restores
 teacher (method.md section 3). Method §1: y = Σ_k m_k f_k(X).
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -28,9 +28,44 @@ def _multiply_input(gate: torch.Tensor):  # type: ignore[no-untyped-def]
     return hook
 
 
+def _add_to_output(bias: torch.Tensor):  # type: ignore[no-untyped-def]
+    def hook(_module: nn.Module, _args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        return output + bias.to(output.dtype)
+
+    return hook
+
+
+def compensating_bias(weight_OI: torch.Tensor, mean_I: torch.Tensor, gate_K: torch.Tensor) -> torch.Tensor:
+    """What the units with a gate of 0 added to the writer's output on average: W · (mean ⊙ removed), shape (O,).
+
+    Float32. FLAP (An et al. 2024, arXiv 2312.11983), baseline bias compensation.
+    """
+    removed_I = (gate_K == 0).repeat_interleave(len(mean_I) // len(gate_K))
+    return weight_OI.detach().float() @ (mean_I * removed_I.to(mean_I.device)).to(weight_OI.device)
+
+
+def compensation(
+    model: nn.Module,
+    groups: Sequence[Group],
+    gates: Mapping[str, torch.Tensor],
+    means: Mapping[str, torch.Tensor] | None,
+) -> dict[str, torch.Tensor]:
+    """Group name → the bias that makes up for what its gates remove; empty where there are no means."""
+    closing = [g for g in groups if means and (gates[g.name] == 0).any()]
+    return {g.name: compensating_bias(writer(model, g).weight, (means or {})[g.name], gates[g.name]) for g in closing}
+
+
 @contextmanager
-def attached(model: nn.Module, groups: Iterable[Group], gates: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Within the context, unit k of group g is scaled by `gates[g.name][k]`; gates have shape (g.units,)."""
+def attached(
+    model: nn.Module,
+    groups: Iterable[Group],
+    gates: Mapping[str, torch.Tensor],
+    biases: Mapping[str, torch.Tensor] | None = None,
+) -> Iterator[None]:
+    """Within the context, unit k of group g is scaled by `gates[g.name][k]`; gates have shape (g.units,).
+
+    `biases`, where given, are added to the outputs of their groups' writers.
+    """
     handles = []
     try:
         for group in groups:
@@ -38,6 +73,8 @@ def attached(model: nn.Module, groups: Iterable[Group], gates: Mapping[str, torc
             block = module.in_features // group.units
             gate = gate.repeat_interleave(block) if block > 1 else gate
             handles.append(module.register_forward_pre_hook(_multiply_input(gate)))
+            if biases and group.name in biases:
+                handles.append(module.register_forward_hook(_add_to_output(biases[group.name])))
         yield
     finally:
         for handle in handles:

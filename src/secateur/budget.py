@@ -93,6 +93,18 @@ def largest_that_fits(rank_N: torch.Tensor, limits: Budget) -> torch.Tensor:
     return kept_N.to(rank_N.device)
 
 
+def ranked(score_N: torch.Tensor, kept_N: torch.Tensor) -> torch.Tensor:
+    """Gates z that rank as the scores do, above 0 where kept and at most 0 elsewhere, shape (N,).
+
+    Ranks, not differences to a threshold: scores span many orders of magnitude, and a plan for another sparsity needs
+    the order of the removed units as well.
+    """
+    rank_N = torch.empty_like(score_N, dtype=torch.float32)
+    order_N = score_N.argsort(descending=True, stable=True)
+    rank_N[order_N] = torch.arange(len(score_N), 0, -1, device=score_N.device) / len(score_N)
+    return torch.where(kept_N, rank_N, rank_N - 1.0)
+
+
 def _equal_widths(groups: Sequence[Group], params: Mapping[str, int], sparsity: float) -> Iterator[tuple[Group, int]]:
     """Units to keep in each group so that all groups of a kind are equally wide, within the budget."""
     sizes: dict[str, set[int]] = {}
@@ -128,13 +140,16 @@ class Figures:
     """Bytes the KV cache takes for a token."""
 
 
-def figures(description: Description, kept: Mapping[str, int] | None, bytes_per_value: int) -> Figures:
-    """Figures of the model that keeps `kept[group.name]` units of every group (None: the dense model)."""
+def figures(description: Description, kept: Mapping[str, int] | None, bytes_per_value: int, added: int = 0) -> Figures:
+    """Figures of the model that keeps `kept[group.name]` units of every group (None: the dense model).
+
+    `added` are parameters that the dense model has not: biases that stand for removed units.
+    """
     groups = description.groups
     kept = {g.name: g.units for g in groups} if kept is None else kept
     shapes = sliced_shapes(groups, kept, description.shapes)
     return Figures(
-        parameters=sum(prod(shape) for shape in shapes.values()),
+        parameters=sum(prod(shape) for shape in shapes.values()) + added,
         block_parameters=sum(kept[g.name] * unit_params(g, description.shapes) for g in groups),
         flops_per_token=2 * sum(prod(shapes[name]) for name in description.matmuls if name in shapes),
         kv_bytes_per_token=bytes_per_value * sum(shapes[name][0] for name in description.cached if name in shapes),

@@ -268,8 +268,9 @@ def _parse(name: str, arguments: Sequence[str]) -> Any:
     options = tyro.cli(kind, args=arguments, prog=f"secateur {name}", default=replace(default))
     if any(getattr(options, f) != getattr(default, f) for f in LEARNING_FIELDS):
         options.learning = None
-    if (options.shape, options.recipe) != (default.shape, default.recipe) and options.per == default.per:
-        options.per = None  # what the file holds is the default of the other shape or recipe
+    scoped = ("shape", "recipe", "method")
+    if any(getattr(options, f) != getattr(default, f) for f in scoped) and options.per == default.per:
+        options.per = None  # what the file holds is the default of the other shape, recipe or method
     return options
 
 

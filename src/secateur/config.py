@@ -82,9 +82,34 @@ def auto_recipe(steps: int) -> Recipe:
     )  # fmt: skip
 
 
+RECIPES = {"auto": auto_recipe, "paper": paper_recipe}
+
 Scope = Literal["model", "kind", "layer"]
 
-RECIPES = {"auto": auto_recipe, "paper": paper_recipe}
+Method = Literal[
+    "deterministic", "hard-concrete", "hard-concrete-deterministic", "hard-concrete-expanded", "grasprune",
+    "sensitivity", "magnitude", "wanda-sp", "flap", "taylor-element", "taylor-vector",
+]  # fmt: skip
+
+ONE_SHOT = ("sensitivity", "magnitude", "wanda-sp", "flap", "taylor-element", "taylor-vector")
+"""Methods that score the units once and learn nothing (importance.py)."""
+
+EQUAL_WIDTHS = ("magnitude", "wanda-sp", "taylor-element", "taylor-vector")
+"""Methods whose papers remove the same share of every layer; FLAP's and GRASPrune's budgets are the model's."""
+
+
+def recipe_of(method: str, name: str, steps: int, binarise: bool) -> Recipe:
+    """The recipe called `name`, with what a method's own paper changes in it (relaxation.py says why)."""
+    recipe = RECIPES[name](steps)
+    if method.startswith("hard-concrete"):
+        recipe = replace(recipe, mu_start=0.5, mu_end=0.5)
+    elif method == "grasprune":
+        recipe = replace(recipe, dual_lr=(0.0, 0.0, 0.0), dual_start=(0.0, 0.0, 0.0))
+        if name == "paper":
+            recipe = replace(recipe, lr=1e-2, betas=(0.9, 0.99), warmup_steps=1, kd_weight=0.0, settle=0.2)
+    if not binarise or method.startswith("hard-concrete"):
+        recipe = replace(recipe, dual_lr=(*recipe.dual_lr[:2], 0.0), dual_start=(*recipe.dual_start[:2], 0.0))
+    return recipe
 
 
 @dataclass
@@ -97,6 +122,12 @@ class Config:
     """Local folder, hub id, or GGUF file of a causal language model."""
     sparsity: float
     """Share of the parameters that belong to units (heads, channels) to remove, between 0 and 1."""
+    method: Method = "deterministic"
+    """How the units to keep are found. `deterministic` is the method of the paper; the others are baselines over the
+    same units, budget and text. Gates are learned otherwise with `hard-concrete` (noise), `hard-concrete-deterministic`
+    (none), `hard-concrete-expanded` (gates above 1) and `grasprune` (a hard mask at every step). Units are scored once,
+    and nothing is learned, with `sensitivity` (what learning starts from), `magnitude`, `wanda-sp`, `flap`,
+    `taylor-element` and `taylor-vector`."""
     data: str = "self"
     """Calibration text: a file or folder (.txt, .jsonl, .parquet; .gz, .zst), a dataset on the hub, or `self` for text
     that the model itself writes."""
@@ -109,7 +140,7 @@ class Config:
     batch_size: int = 4
     """Sequences a step."""
     seed: int = 0
-    """Seed of the order of the data; nothing else is random."""
+    """Seed of the order of the data, and of the noise of methods that have any."""
     recipe: Literal["auto", "paper"] = "auto"
     """`auto` fits step sizes and schedules to the number of steps; `paper` is the released recipe to the letter."""
     lr: float | None = None
@@ -118,13 +149,18 @@ class Config:
     """Weight η of the distillation term (default: the recipe's)."""
     kd_temperature: float | None = None
     """Temperature τ of the distillation term (default: the recipe's)."""
+    binarise: bool = True
+    """Press undecided gates to a side: the term λ₃ of the deterministic method, which the others do not have."""
     per: Scope | None = None
     """One budget over the whole model, one for each kind of unit, or equal widths in all layers. Default: `layer` when
-    the shape is uniform, `kind` with the paper's recipe, else `model`."""
+    the shape is uniform and for `magnitude`, `wanda-sp` and `taylor-*`, whose papers do so, `kind` with the paper's
+    recipe of gates held by multipliers, else `model`."""
     shape: Literal["ragged", "uniform"] = "ragged"
     """Widths of the export: `ragged` lets every layer have its own, `uniform` gives a stock configuration, no code."""
     text_column: str = "text"
     """Column of JSONL, Parquet or hub data that holds the text."""
+    bos: Literal["auto", "always", "never"] = "auto"
+    """Begin every sequence with BOS; `auto`: if the model's loss is clearly lower with it, as Gemma's is."""
     epochs: int = 1
     """How many times each calibration token may be used, for small data."""
     held_out_tokens: int = 8192
@@ -151,6 +187,9 @@ class Config:
     """Largest safetensors file of the export."""
     checkpoint_every: int = 50
     """Steps between checkpoints, from which an interrupted run resumes."""
+    measure_every: int = 0
+    """Every so many steps, measure the held-out loss with the gates as trained and as deployed, for metrics.jsonl; 0:
+    never. Changes nothing else."""
     trust_remote_code: bool = False
     """Run modelling code that comes with the checkpoint."""
     learning: tyro.conf.Suppress[Recipe | None] = None
@@ -166,8 +205,6 @@ class Config:
         for name in ("seq_len", "eval_length"):
             if getattr(self, name) < 2:
                 raise InputError(f"--{name.replace('_', '-')} must be at least 2 tokens, not {getattr(self, name)}")
-    bos: Literal["auto", "always", "never"] = "auto"
-    """Begin every sequence with BOS; `auto`: if the model's loss is clearly lower with it, as Gemma's is."""
         if self.eval_windows < 0:
             raise InputError(f"--eval-windows must be at least 1, or 0 for the whole text, not {self.eval_windows}")
         if self.task_limit is not None and self.task_limit < 1:
@@ -184,21 +221,41 @@ class Config:
             raise InputError(f"--max-shard-size is a size such as 5GB or 500MB, not {self.max_shard_size!r}")
         if self.shape == "uniform" and self.per not in (None, "layer"):
             raise InputError(f"--shape uniform needs equal widths, so --per {self.per} contradicts it; use --per layer")
+        if self.shape == "uniform" and self.method == "flap":
+            raise InputError("--method flap adds biases, which --shape uniform has no place for; use --shape ragged")
+        if self.measure_every < 0:
+            raise InputError(f"--measure-every must be at least 0, not {self.measure_every}")
+        self._check_learns_nothing()
+
+    def _check_learns_nothing(self) -> None:
+        """Raises InputError for settings of learning where nothing is learned."""
+        if self.method not in ONE_SHOT:
+            return
+        for name in ("lr", "kd_weight", "kd_temperature", "measure_every"):
+            if getattr(self, name):
+                option = f"--{name.replace('_', '-')}"
+                raise InputError(f"{option} is a setting of learning, and --method {self.method} learns nothing")
+        if self.method == "sensitivity" and self.recipe == "paper":
+            raise InputError("--recipe paper measures no sensitivity, so --method sensitivity contradicts it")
 
     def resolved(self) -> "Config":
         """The same settings with every default filled in, the recipe included."""
-        recipe = self.learning or RECIPES[self.recipe](self.steps)
+        recipe = self.learning or recipe_of(self.method, self.recipe, self.steps, self.binarise)
         recipe = replace(
             recipe,
             lr=recipe.lr if self.lr is None else self.lr,
             kd_weight=recipe.kd_weight if self.kd_weight is None else self.kd_weight,
             kd_temperature=recipe.kd_temperature if self.kd_temperature is None else self.kd_temperature,
         )
-        per: Scope = "layer" if self.shape == "uniform" else "kind" if recipe.name == "paper" else "model"
+        per: Scope = "model"
+        if self.shape == "uniform" or self.method in EQUAL_WIDTHS:
+            per = "layer"
+        elif recipe.name == "paper" and self.method not in (*ONE_SHOT, "grasprune"):
+            per = "kind"
         return replace(self, per=self.per or per, learning=recipe)
 
 
-LEARNING_FIELDS = ("recipe", "steps", "lr", "kd_weight", "kd_temperature")
+LEARNING_FIELDS = ("method", "recipe", "steps", "lr", "kd_weight", "kd_temperature", "binarise")
 """Settings that the recipe follows from: changing one of them over a config file resolves the recipe anew."""
 
 

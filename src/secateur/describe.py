@@ -183,7 +183,9 @@ def _check_class(layer: nn.Module, prefix: str, group: Group, config: PreTrained
         if getattr(config, key) != per_unit * group.units:
             raise _RefusedError(f"{key} is {getattr(config, key)}, but the weights say {per_unit * group.units}")
     own = group.gate_at.rpartition(".")[0] + "."
-    dense = {prefix + n: tuple(p.shape) for n, p in layer.named_parameters()}
+    added = getattr(config, "secateur", {}).get("biases", {}).get(str(group.layer), [])
+    biases = {f"{path}.bias" for path in added}  # of an earlier pruning; the layer's class does not know of them
+    dense = {prefix + n: tuple(p.shape) for n, p in layer.named_parameters() if n not in biases}
     for fewer in {1, max(1, group.units - 1)}:
         attempt = f"{type(layer).__name__} built with {fewer} of {group.units} {group.kind}"
         narrow = copy.copy(config)

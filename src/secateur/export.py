@@ -27,7 +27,7 @@ from secateur import modeling_pruned
 from secateur.describe import Description, head_dim
 from secateur.files import InputError, replacing, write_json, write_text
 from secateur.plan import Plan
-from secateur.slicing import pruned_shapes, sliced
+from secateur.slicing import added_biases, pruned_shapes, sliced
 
 EXPORT_FORMAT = 1
 MODELING_FILE = "modeling_pruned.py"
@@ -58,6 +58,8 @@ def export(
     stock = _stock_class(type(model))
     values = _config_values(model.config, description, dtype or model.dtype, base_model)
     ragged = _ragged(values, description, plan)
+    if plan.shape == "uniform" and plan.means is not None:
+        raise InputError("a uniform shape has no place for the biases that stand for removed units; use --shape ragged")
     with replacing(folder) as temporary:
         temporary.mkdir()
         if plan.shape == "uniform" or not ragged["per_layer_config"]:
@@ -110,11 +112,16 @@ def _ragged(values: dict[str, Any], description: Description, plan: Plan) -> dic
         if kept == 0:
             *_, sublayer, writer = group.gate_at.split(".")
             closed[str(group.layer)] = [*closed.get(str(group.layer), []), [group.kind, sublayer, writer]]
+    own = values["secateur"] | {"closed": closed}
+    biases = {layer: list(paths) for layer, paths in own.get("biases", {}).items()}
+    for name in added_biases(description, plan):
+        layer, _, path = name.removeprefix(f"{description.layers}.").removesuffix(".bias").partition(".")
+        biases.setdefault(layer, []).append(path)
     return values | {
         "architectures": ["PrunedForCausalLM"],
         "auto_map": AUTO_MAP,
         "per_layer_config": {str(layer): widths[layer] for layer in sorted(widths)},
-        "secateur": values["secateur"] | {"closed": closed},
+        "secateur": own | ({"biases": biases} if biases else {}),
     }
 
 

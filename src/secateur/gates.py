@@ -1,13 +1,15 @@
-"""The learned parameters: one vector z over all units of the model, and the file it is kept in (gates.safetensors).
+"""What a method found: one vector z over all units of the model, and the file it is kept in (gates.safetensors).
 
 One flat vector keeps the optimiser to a single tensor; `by_group` gives the views that `attach` and `plan` use.
+Units rank by z, and those with z > 0 are open. The value of an open gate is z itself, unless the method has other
+values: then they are tensors `value.<group>`. In `mean.<group>` is what removed inputs of a writer give way to (FLAP).
 
 Shape suffixes: N units of the whole model, in the order of the groups.
 """
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,16 +32,25 @@ def by_group(values_N: torch.Tensor, groups: Sequence[Group]) -> dict[str, torch
 
 @dataclass(frozen=True)
 class Gates:
-    """Gates as learned. `z_N` may be negative (closed); the gate value is ReLU(z)."""
+    """Gates as learned or scored."""
 
     z_N: torch.Tensor
+    """What the units rank by; at most 0 where closed."""
     groups: tuple[Group, ...]
     about: dict[str, Any]
-    """What made them: model, architecture fingerprint, sparsity, steps, recipe; JSON-able."""
+    """What made them: method, model, architecture fingerprint, sparsity, steps, recipe; JSON-able."""
+    value_N: torch.Tensor | None = None
+    """Values of the gates where they are not z itself."""
+    means: Mapping[str, torch.Tensor] | None = None
+    """Group name → mean of each input of its writer, where removed units are replaced by theirs."""
+
+    def deployed(self) -> torch.Tensor:
+        """Gate values of shape (N,), 0 where closed: ReLU(z) (method §3) unless the method has others."""
+        return self.z_N.relu() if self.value_N is None else torch.where(self.z_N > 0, self.value_N, 0.0)
 
     def values(self) -> dict[str, torch.Tensor]:
-        """Gate values ReLU(z) by group name (method §3, forward gate)."""
-        return by_group(self.z_N.relu(), self.groups)
+        """Gate values by group name."""
+        return by_group(self.deployed(), self.groups)
 
 
 def architecture_fingerprint(groups: Sequence[Group], shapes: Shapes) -> str:
@@ -49,8 +60,12 @@ def architecture_fingerprint(groups: Sequence[Group], shapes: Shapes) -> str:
 
 
 def save_gates(path: Path, gates: Gates) -> None:
-    """Writes z by group, float32, with `about` and the format version in the metadata; atomic."""
-    tensors = {name: z.detach().float().cpu().contiguous() for name, z in by_group(gates.z_N, gates.groups).items()}
+    """Writes z (and values and means) by group, float32, with `about` and the format in the metadata; atomic."""
+    named = by_group(gates.z_N, gates.groups)
+    if gates.value_N is not None:
+        named |= {f"value.{name}": value for name, value in by_group(gates.value_N, gates.groups).items()}
+    named |= {f"mean.{name}": mean for name, mean in (gates.means or {}).items()}
+    tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in named.items()}
     # One entry only: safetensors writes several in a random order, and equal gates should be equal files.
     metadata = {"secateur": json.dumps({"format": GATES_FORMAT, **gates.about})}
     with replacing(path) as temporary:
@@ -73,4 +88,10 @@ def load_gates(path: Path, groups: Sequence[Group], fingerprint: str) -> Gates:
     if wrong or about.get("architecture") != fingerprint:
         detail = f"{wrong[0]} does not fit" if wrong else "the shapes of its weights differ"
         raise InputError(f"{path} holds gates of another architecture ({detail}); learn gates for this model")
-    return Gates(torch.cat([tensors[g.name].float() for g in groups]), tuple(groups), about)
+
+    def found(prefix: str) -> dict[str, torch.Tensor]:
+        return {g.name: tensors[prefix + g.name].float() for g in groups if prefix + g.name in tensors}
+
+    values, means = found("value."), found("mean.")
+    value_N = torch.cat(list(values.values())) if values else None
+    return Gates(torch.cat(list(found("").values())), tuple(groups), about, value_N, means or None)

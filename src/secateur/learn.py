@@ -1,14 +1,15 @@
 """The learning loop: frozen weights, one vector of gates, multipliers that hold the budget.
 
 Serves `secateur learn`. Each step: the teacher's logits (gates off), the student's (gates on), the gradient of
-L_ce + η L_kl by the gates alone, one step of the optimiser. Nothing in it is random once the data is in order.
+L_ce + η L_kl by the gates alone, one step of the optimiser. Nothing in it is random once the data is in order, but for
+the noise of a method that samples its gates.
 
 Shape suffixes: N units of the whole model, B batch, T positions.
 """
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,26 +18,30 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from secateur.attach import attached
-from secateur.budget import Budget
+from secateur.budget import Budget, largest_that_fits
 from secateur.config import Recipe
 from secateur.evaluate import mean_loss
 from secateur.files import InputError, replacing
 from secateur.gates import by_group
-from secateur.objective import distillation_loss, forward_gate
+from secateur.objective import distillation_loss
 from secateur.optimise import Optimiser, Step
+from secateur.relaxation import RELAXATIONS
 from secateur.sensitivity import balanced, gate_sensitivity, weighted
 from secateur.units import Group
 
+SAMPLES = 4
+"""Samples of noisy gates over which a held-out loss is averaged."""
+
 
 class LearningDiverged(InputError):
-    """The loss is no longer finite. `z_N` holds the last good gates, of step `step`."""
+    """The loss is no longer finite. `z_N` and `value_N` hold the last good gates, of step `step`."""
 
-    def __init__(self, step: int, z_N: torch.Tensor) -> None:
+    def __init__(self, step: int, z_N: torch.Tensor, value_N: torch.Tensor) -> None:
         super().__init__(
             f"the loss became NaN or infinite at step {step + 1}; the gates of step {step} are saved. Lower --lr "
             "or learn in --dtype float32"
         )
-        self.step, self.z_N = step, z_N
+        self.step, self.z_N, self.value_N = step, z_N, value_N
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,9 @@ class Learned:
     """The result of a learning run."""
 
     z_N: torch.Tensor
+    """What the units rank by; open ones have z > 0."""
+    value_N: torch.Tensor
+    """Gate values as deployed."""
     fixing: Fixing | None
     """None when the recipe leaves the budget to the plan."""
 
@@ -72,6 +80,8 @@ def learn(
     steps: int,
     batch_size: int,
     seed: int = 0,
+    method: str = "deterministic",
+    measure_every: int = 0,
     checkpoint: Path | None = None,
     checkpoint_every: int = 50,
     on_step: Callable[[Step], None] = lambda _: None,
@@ -81,14 +91,15 @@ def learn(
 
     calibration_NT: token ids, steps × batch_size rows, used in their order. held_out_NT: rows of other documents.
     With `checkpoint`, the state is saved there every `checkpoint_every` steps and when interrupted; a run that finds it
-    goes on from it to bit-identical gates. `on_measured` hears of the rows that sensitivity is measured on.
+    goes on from it to bit-identical gates. `on_measured` hears of the rows that sensitivity is measured on. `method` is
+    one of RELAXATIONS; `measure_every` k records the held-out loss every k steps and changes nothing else.
     Raises LearningDiverged when the loss is not finite.
     """
     device = next(model.parameters()).device
     model.eval().requires_grad_(False)
-    optimiser = Optimiser(recipe, limits.to(device), steps, seed, device)
+    optimiser = Optimiser(recipe, limits.to(device), steps, seed, device, RELAXATIONS[method])
     fixing = None
-    settings = f"{recipe} steps={steps} batch_size={batch_size} seed={seed} seq_len={calibration_NT.shape[1]}"
+    settings = f"{method} {recipe} steps={steps} batch_size={batch_size} seed={seed} seq_len={calibration_NT.shape[1]}"
     if checkpoint is not None and checkpoint.exists():
         fixing = _restore(checkpoint, optimiser, settings)
     elif recipe.sensitivity_batches:
@@ -104,11 +115,15 @@ def learn(
             if optimiser.done == optimiser.settles_at and optimiser.kept_N is None:
                 fixing = _fix(optimiser, model, groups, held_out_NT)
             z_N = optimiser.z_N.clone().requires_grad_()
-            loss, ce, kl = _losses(model, groups, z_N, batches[optimiser.done].to(device), recipe)
+            gate_N = optimiser.train_gates(z_N)
+            loss, ce, kl = _losses(model, groups, gate_N, batches[optimiser.done].to(device), recipe)
             (grad_N,) = torch.autograd.grad(loss, z_N)
             if not (torch.isfinite(loss) and torch.isfinite(grad_N).all()):
-                raise LearningDiverged(optimiser.done, optimiser.z_N)
-            on_step(optimiser.advance(grad_N, loss.item(), ce.item(), kl.item()))
+                raise LearningDiverged(optimiser.done, optimiser.ranking(), optimiser.values())
+            step = optimiser.advance(grad_N, loss.item(), ce.item(), kl.item())
+            if measure_every and step.step % measure_every == 0:
+                step = _measured(step, optimiser, model, groups, held_out_NT)
+            on_step(step)
             state = optimiser.state(), fixing
             if checkpoint is not None and optimiser.done % checkpoint_every == 0:
                 _save(checkpoint, *state, settings)
@@ -116,29 +131,45 @@ def learn(
         if checkpoint is not None:  # `state` is that of a whole step, wherever the interrupt fell
             _save(checkpoint, *state, settings)
         raise
-    return Learned(optimiser.z_N, fixing)
+    return Learned(optimiser.ranking(), optimiser.values(), fixing)
 
 
 def _losses(
-    model: PreTrainedModel, groups: tuple[Group, ...], z_N: torch.Tensor, ids_BT: torch.Tensor, recipe: Recipe
+    model: PreTrainedModel, groups: tuple[Group, ...], gate_N: torch.Tensor, ids_BT: torch.Tensor, recipe: Recipe
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     with torch.no_grad():
         teacher_BTV = model(ids_BT, use_cache=False).logits
-    with attached(model, groups, by_group(forward_gate(z_N), groups)):
+    with attached(model, groups, by_group(gate_N, groups)):
         student_BTV = model(ids_BT, use_cache=False).logits
     return distillation_loss(student_BTV, teacher_BTV, ids_BT, recipe.kd_weight, recipe.kd_temperature)
 
 
 def _fix(optimiser: Optimiser, model: PreTrainedModel, groups: tuple[Group, ...], held_out_NT: torch.Tensor) -> Fixing:
     def held_out() -> float:
-        return mean_loss(model, held_out_NT, groups, by_group(optimiser.z_N.relu(), groups))
+        return mean_loss(model, held_out_NT, groups, by_group(optimiser.values(), groups))
 
     def kept() -> float:
-        return optimiser.limits.share_of(optimiser.z_N > 0)
+        return optimiser.limits.share_of(optimiser.open_N)
 
     kept_before, held_out_before = kept(), held_out()
     optimiser.fix_kept_set()
     return Fixing(optimiser.done, kept_before, kept(), held_out_before, held_out())
+
+
+@torch.no_grad()
+def _measured(
+    step: Step, optimiser: Optimiser, model: PreTrainedModel, groups: tuple[Group, ...], held_out_NT: torch.Tensor
+) -> Step:
+    """The step with held-out losses: gates as trained, over samples where they are noisy, and as deployed."""
+
+    def held_out(gate_N: torch.Tensor) -> float:
+        return mean_loss(model, held_out_NT, groups, by_group(gate_N, groups))
+
+    samples = range(1, 1 + (SAMPLES if optimiser.relaxation.sampled and optimiser.kept_N is None else 1))
+    trained = [held_out(optimiser.train_gates(optimiser.z_N, sample)) for sample in samples]
+    kept_N = largest_that_fits(optimiser.ranking(), optimiser.limits)
+    deployed = held_out(optimiser.values() * kept_N)
+    return replace(step, held_out_trained=sum(trained) / len(trained), held_out_deployed=deployed)
 
 
 def _save(checkpoint: Path, state: dict[str, torch.Tensor], fixing: Fixing | None, settings: str) -> None:

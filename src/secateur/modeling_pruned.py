@@ -99,7 +99,8 @@ def decoder_layers(model: nn.Module, config: PreTrainedConfig) -> nn.ModuleList:
 
 
 def narrow(layer: nn.Module, config: PreTrainedConfig, dense: PreTrainedConfig, index: int) -> None:
-    """Gives the stock layer its own widths; a sublayer of width 0 is replaced by what is left of it.
+    """Gives the stock layer its own widths and the biases that stand for what was removed; a sublayer of width 0 is
+    replaced by what is left of it.
 
     Only sublayers whose shapes change are built anew: some models add to their layers after building them.
     """
@@ -110,6 +111,9 @@ def narrow(layer: nn.Module, config: PreTrainedConfig, dense: PreTrainedConfig, 
     for name, child in type(layer)(layer_config, index).named_children():
         if [p.shape for p in child.parameters()] != [p.shape for p in getattr(layer, name).parameters()]:
             setattr(layer, name, child)
+    for path in config.secateur.get("biases", {}).get(str(index), []):
+        linear: Any = layer.get_submodule(path)
+        linear.bias = nn.Parameter(linear.weight.new_zeros(linear.out_features))
     for kind, name, writer in config.secateur["closed"].get(str(index), []):
         closed_class = ClosedMLP if kind == "channels" else ClosedAttention
         setattr(layer, name, closed_class(getattr(layer, name), writer))

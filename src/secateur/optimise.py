@@ -7,17 +7,16 @@ measured in units of the loss gradient, so that λ = 1 pushes as hard as a typic
 Shape suffixes: N units of the whole model, C constraints.
 """
 
+import hashlib
 import math
 from dataclasses import dataclass
 
 import torch
 
-from secateur.budget import Budget, largest_that_fits
+from secateur.budget import Budget, largest_that_fits, ranked
 from secateur.config import Recipe
-from secateur.objective import annealed, lagrangian, retention_score
-
-LOWEST = -0.1
-"""After every step z is clamped to at least this, so that a closed gate stays within reach of opening (method §3)."""
+from secateur.objective import annealed, lagrangian
+from secateur.relaxation import RELAXATIONS, Relaxation
 
 REOPENED = 0.05
 """Where z restarts for a unit that the budget has room for though its gate was closed when the kept set was fixed."""
@@ -39,7 +38,7 @@ class Step:
     ce: float
     kl: float
     kept: float
-    """Share of the unit parameters whose gates are open (z > 0)."""
+    """Share of the unit parameters whose gates are open (z > 0; by the mask where there is one)."""
     score: float
     """The same by the retention score s̄, which the budget is held on."""
     target: float
@@ -49,13 +48,25 @@ class Step:
     lambda1: list[float]
     lambda2: list[float]
     lambda3: list[float]
+    held_out_trained: float | None = None
+    """Loss on held-out text after the step, gates as in training, nats a token; where it was asked for."""
+    held_out_deployed: float | None = None
+    """The same with the gates as they would be deployed: the set that fits the budget, without noise."""
 
 
 class Optimiser:
     """State of a learning run: gates, multipliers, schedules. `state` and `restore` carry it over an interruption."""
 
-    def __init__(self, recipe: Recipe, limits: Budget, steps: int, seed: int, device: torch.device) -> None:
-        self.recipe, self.limits, self.steps = recipe, limits, steps
+    def __init__(
+        self,
+        recipe: Recipe,
+        limits: Budget,
+        steps: int,
+        seed: int,
+        device: torch.device,
+        relaxation: Relaxation = RELAXATIONS["deterministic"],
+    ) -> None:
+        self.recipe, self.limits, self.steps, self.seed, self.relaxation = recipe, limits, steps, seed, relaxation
         self.done = 0
         noise = torch.randn(limits.weight_N.numel(), generator=torch.Generator().manual_seed(seed))
         self.z_N = 1.0 + recipe.init_noise * noise.to(device)
@@ -67,6 +78,8 @@ class Optimiser:
         """What a multiplier of 1 is worth: a running mean of the loss gradient a unit of budget."""
         self.kept_N: torch.Tensor | None = None
         """The kept set once it is fixed."""
+        self.rank_N: torch.Tensor | None = None
+        """What the units ranked by, where z has become something else since."""
         self.target = float((limits.target_C * limits.share_C).sum())
         self.adam = torch.optim.AdamW([self.theta_N], betas=recipe.betas, eps=1e-12, weight_decay=0.0)
         ascent = [{"params": [dual], "lr": rate} for dual, rate in zip(self.duals, recipe.dual_lr, strict=True)]
@@ -75,11 +88,39 @@ class Optimiser:
             if recipe.adam_duals
             else torch.optim.SGD(ascent, maximize=True)
         )
+        self._see_open()
 
     @property
     def settles_at(self) -> int:
         """The step before which the kept set is fixed; `steps` when it never is."""
         return self.steps - int(self.recipe.settle * self.steps)
+
+    @property
+    def mu(self) -> float:
+        """μ_t of the next step."""
+        progress = min(1.0, self.done / max(1, self.settles_at))
+        return annealed(progress, self.recipe.mu_start, self.recipe.mu_end, self.recipe.mu_power)
+
+    def train_gates(self, z_N: torch.Tensor, sample: int = 0) -> torch.Tensor:
+        """What the forward pass of the next step multiplies by; noise depends on seed, step and `sample` alone."""
+        if self.kept_N is not None:
+            return self.relaxation.deployed(z_N, self.mu)
+        seed = hashlib.sha256(f"{self.seed} {self.done} {sample}".encode()).digest()[:4]
+        generator = torch.Generator().manual_seed(int.from_bytes(seed, "big"))
+        return self.relaxation.train(z_N, self.mu, generator, self.open_N)
+
+    @torch.no_grad()
+    def values(self) -> torch.Tensor:
+        """Gate values as deployed, shape (N,)."""
+        if self.relaxation.score is None and self.kept_N is None:
+            return self.open_N.to(self.z_N.dtype)
+        return self.relaxation.deployed(self.z_N, self.mu)
+
+    def ranking(self) -> torch.Tensor:
+        """z of the gates file: units rank by it, and those with z > 0 are open."""
+        if self.rank_N is not None:
+            return self.rank_N
+        return self.z_N if self.relaxation.score is not None else ranked(self.z_N, self.open_N)
 
     def start_from(self, sensitivity_N: torch.Tensor, cost_N: torch.Tensor) -> None:
         """Step sizes from how much the loss minds each gate moving, the start from what its unit is taken to be worth.
@@ -95,28 +136,32 @@ class Optimiser:
         self.z_N = torch.where(inside_N, self.z_N, self.recipe.start_outside)
         with torch.no_grad():
             self.theta_N.copy_((self.z_N - 1.0) / self.step_size_N)
+        self._see_open()
 
     def advance(self, grad_N: torch.Tensor, loss: float, ce: float, kl: float) -> Step:
         """One step, from the gradient of the loss by z. Returns what metrics.jsonl records."""
-        progress = min(1.0, self.done / max(1, self.settles_at))
-        mu = annealed(progress, self.recipe.mu_start, self.recipe.mu_end, self.recipe.mu_power)
-        rate = self._rate()
-        kept = self.limits.share_of(self.z_N > 0)
-        score = self.limits.share_of(retention_score(self.z_N, mu))
+        mu, rate = self.mu, self._rate()
+        kept = score = self.limits.share_of(self.open_N)
+        if self.relaxation.score is not None:
+            score = self.limits.share_of(self.relaxation.score(self.z_N, mu))
         lambdas = [dual.detach().tolist() for dual in self.duals]
-        kept_N = self.kept_N
-        grad_N = grad_N + self._budget_gradient(grad_N, mu, rate) if kept_N is None else grad_N * kept_N
+        if self.kept_N is not None:
+            grad_N = grad_N * self.kept_N
+        elif self.relaxation.score is not None:
+            grad_N = grad_N + self._budget_gradient(grad_N, mu, rate)
         self.theta_N.grad = grad_N * self.step_size_N
         self.adam.param_groups[0]["lr"] = self.recipe.lr * rate
         self.adam.step()
         self._bound()
         self.done += 1
-        return Step(self.done, loss, ce, kl, kept, score, self.target, mu, self.recipe.lr * rate, *lambdas)
+        first, second, third = lambdas
+        return Step(self.done, loss, ce, kl, kept, score, self.target, mu, self.recipe.lr * rate, first, second, third)
 
     def _budget_gradient(self, grad_N: torch.Tensor, mu: float, rate: float) -> torch.Tensor:
         """Gradient of the Lagrangian terms by z, after which the multipliers ascend theirs."""
+        assert self.relaxation.score is not None
         z_N = self.z_N.clone().requires_grad_()
-        score_N = retention_score(z_N, mu)
+        score_N = self.relaxation.score(z_N, mu)
         violation_C = self.limits.kept_share(score_N) - self.limits.target_C
         undecided_C = self.limits.kept_share(score_N * (1.0 - score_N))
         terms = lagrangian(violation_C, undecided_C, *self.duals)
@@ -143,18 +188,28 @@ class Optimiser:
 
     def _bound(self) -> None:
         with torch.no_grad():
-            z_N = (1.0 + self.step_size_N * self.theta_N).clamp(min=LOWEST)
+            z_N = (1.0 + self.step_size_N * self.theta_N).clamp(min=self.relaxation.lowest)
             if self.kept_N is not None:
-                z_N = torch.where(self.kept_N, z_N.clamp(min=BARELY_OPEN), LOWEST)
+                z_N = torch.where(self.kept_N, z_N.clamp(min=BARELY_OPEN), self.relaxation.lowest)
             self.z_N = z_N
             self.theta_N.copy_((z_N - 1.0) / self.step_size_N)
+        self._see_open()
+
+    def _see_open(self) -> None:
+        projecting = self.relaxation.score is None and self.kept_N is None
+        self.open_N = largest_that_fits(self.z_N, self.limits) if projecting else self.z_N > 0
+        """The open units, a mask of shape (N,)."""
 
     def fix_kept_set(self) -> None:
         """Keeps the largest set that fits the budget, by z, from here on; only the values of its gates still move."""
         self.kept_N = largest_that_fits(self.z_N, self.limits)
         reopened_N = self.kept_N & (self.z_N <= 0)
+        z_N = torch.where(reopened_N, REOPENED, self.z_N)
+        if self.relaxation.score is None:
+            self.rank_N = ranked(self.z_N, self.kept_N)
+            z_N = torch.ones_like(z_N)
+            self.adam.state.clear()
         with torch.no_grad():
-            z_N = torch.where(reopened_N, REOPENED, self.z_N)
             self.theta_N.copy_((z_N - 1.0) / self.step_size_N)
         self._bound()
 
@@ -164,6 +219,8 @@ class Optimiser:
         tensors["done"] = torch.tensor(self.done)
         if self.kept_N is not None:
             tensors["kept"] = self.kept_N
+        if self.rank_N is not None:
+            tensors["rank"] = self.rank_N
         for i, dual in enumerate(self.duals):
             tensors[f"dual.{i}"] = dual.detach()
         for name, optimiser in (("adam", self.adam), ("ascent", self.ascent)):
@@ -177,7 +234,7 @@ class Optimiser:
         moved = {name: tensor.to(device) for name, tensor in tensors.items()}
         self.done = int(moved["done"])
         self.z_N, self.step_size_N, self.unit_C = moved["z"], moved["step_size"], moved["unit"]
-        self.kept_N = moved.get("kept")
+        self.kept_N, self.rank_N = moved.get("kept"), moved.get("rank")
         with torch.no_grad():
             self.theta_N.copy_(moved["theta"])
             for i, dual in enumerate(self.duals):
@@ -189,3 +246,4 @@ class Optimiser:
                     _, index, field = key.split(".")
                     entries.setdefault(int(index), {})[field] = value
             optimiser.load_state_dict({"state": entries, "param_groups": optimiser.state_dict()["param_groups"]})
+        self._see_open()

@@ -32,6 +32,8 @@ class Plan:
     """Group name → their gate values, float32, shape (kept,)."""
     shape: str = "ragged"
     """`ragged` (widths differ by layer) or `uniform` (the same widths in every layer)."""
+    means: Mapping[str, torch.Tensor] | None = None
+    """Group name → mean inputs of its writer, by which removed units are replaced; they stay in gates.safetensors."""
 
     def counts(self) -> dict[str, int]:
         """Group name → number of units kept."""
@@ -73,12 +75,12 @@ def make_plan(
     gates: Gates, limits: Budget, shape: str, held_out_loss: Callable[[Mapping[str, torch.Tensor]], float]
 ) -> tuple[Plan, Rounding]:
     """The plan and what rounding did. `held_out_loss` maps gate values by group to a loss in nats a token."""
-    z_N = gates.z_N.cpu()
+    z_N, value_N = gates.z_N.cpu(), gates.deployed().cpu()
     open_N = z_N > 0
     kept_N = largest_that_fits(z_N, limits)
     reopened_N = kept_N & ~open_N
-    learned = held_out_loss(by_group(z_N.relu(), gates.groups))
-    scale_N, scale, planned = z_N.relu() * kept_N, 0.0, learned
+    learned = held_out_loss(by_group(value_N, gates.groups))
+    scale_N, scale, planned = value_N * kept_N, 0.0, learned
     if not torch.equal(kept_N, open_N):
         planned = held_out_loss(by_group(scale_N, gates.groups))
     if reopened_N.any():
@@ -88,7 +90,7 @@ def make_plan(
             scale_N, scale, planned = whole_N, 1.0, loss
     masks, values = by_group(kept_N, gates.groups), by_group(scale_N, gates.groups)
     kept = {name: mask.nonzero().flatten() for name, mask in masks.items()}
-    plan = Plan(kept, {name: values[name][index] for name, index in kept.items()}, shape)
+    plan = Plan(kept, {name: values[name][index] for name, index in kept.items()}, shape, gates.means)
     allowed = limits.allowed_C.sum() / limits.params_N.sum()
     rounding = Rounding(
         float(allowed), limits.share_of(open_N), limits.share_of(kept_N), int((open_N & ~kept_N).sum()),

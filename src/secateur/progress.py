@@ -5,7 +5,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from secateur.config import Config
+from secateur.config import ONE_SHOT, Config
 from secateur.optimise import Step
 from secateur.session import Progress as Listener
 
@@ -62,12 +62,14 @@ class Screen(Listener):
             self.console.print(f"  step {step.step}/{self.config.steps}  {figures}")
 
     def measured(self, rows: int) -> None:
-        """The sensitivity of the gates has been measured on so many rows."""
-        recipe = self.config.learning
-        assert recipe is not None
+        """The units have been scored on so many rows, or the sensitivity of their gates has been measured."""
+        c = self.config
+        assert c.learning is not None
         if self.task is None:
-            wanted = recipe.sensitivity_batches * self.config.batch_size
-            self.task = self.bars.add_task("measure", total=wanted, figures="rows, sensitivity of each gate")
+            whole = c.method in ONE_SHOT and c.method != "sensitivity"
+            wanted = (c.steps if whole else c.learning.sensitivity_batches) * c.batch_size
+            what = f"rows, {c.method}" if whole else "rows, sensitivity of each gate"
+            self.task = self.bars.add_task("measure", total=wanted, figures=what)
         self.bars.update(self.task, completed=rows)
         if rows == self.bars.tasks[-1].total:
             self._end()

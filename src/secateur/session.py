@@ -8,6 +8,7 @@ from functools import cached_property
 
 import torch
 
+from secateur.attach import compensation
 from secateur.bos import leading_bos
 from secateur.config import Config
 from secateur.data import SELF, Blocks, load_blocks
@@ -97,9 +98,13 @@ class Session:
         """Fingerprint that ties gates and plan to the model's shapes."""
         return architecture_fingerprint(self.loaded.description.groups, self.loaded.description.shapes)
 
-    def held_out_loss(self, gates: Mapping[str, torch.Tensor] | None) -> float:
-        """Loss on held-out text, nats a token, with gates or dense."""
-        return mean_loss(self.loaded.model, self.blocks.held_out_NT, self.loaded.description.groups, gates)
+    def held_out_loss(
+        self, gates: Mapping[str, torch.Tensor] | None, means: Mapping[str, torch.Tensor] | None = None
+    ) -> float:
+        """Loss on held-out text, nats a token, with gates (`means` standing for what they remove) or dense."""
+        model, groups = self.loaded.model, self.loaded.description.groups
+        biases = None if gates is None else compensation(model, groups, gates, means)
+        return mean_loss(model, self.blocks.held_out_NT, groups, gates, biases)
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:

@@ -9,9 +9,10 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+from secateur.attach import compensating_bias
 from secateur.describe import Description
 from secateur.plan import Plan
-from secateur.units import sliced_shapes, take
+from secateur.units import Group, sliced_shapes, take
 
 
 def sliced(
@@ -19,12 +20,23 @@ def sliced(
 ) -> Iterator[tuple[str, Tensor]]:
     """The pruned checkpoint's tensors in the order of `tensors`, floating-point ones cast to `dtype` (None: kept).
 
-    What a fully closed sublayer leaves over is dropped: empty tensors and the parameters all its units shared.
+    What a fully closed sublayer leaves over is dropped: empty tensors and the parameters all its units shared. Where
+    the plan replaces removed units by their means, the writer's bias takes them up, one of its own or a new one.
     """
     cuts = {s.param: (group, s) for group in description.groups for s in group.slices}
     remaining = pruned_shapes(description, plan)
     dropped = description.shapes.keys() - remaining.keys()
+    added = {f"{g.gate_at}.weight": g for g in compensated(description, plan)}
+    biases: dict[str, Tensor] = {}
     for name, tensor in tensors:
+        if name in added:
+            group, bias = added[name], f"{added[name].gate_at}.bias"
+            assert plan.means is not None
+            biases[bias] = compensating_bias(tensor, plan.means[group.name], plan.gates([group])[group.name])
+            if bias not in description.shapes:
+                yield bias, biases[bias].to(dtype or tensor.dtype)
+        elif name in biases:
+            tensor = (tensor.float() + biases[name]).to(dtype or tensor.dtype)
         if name in dropped:
             continue
         if name in cuts:
@@ -38,8 +50,20 @@ def sliced(
 
 def pruned_shapes(description: Description, plan: Plan) -> dict[str, tuple[int, ...]]:
     """Shapes of the parameters that the pruned checkpoint holds."""
-    shapes = sliced_shapes(description.groups, plan.counts(), description.shapes)
+    shapes = sliced_shapes(description.groups, plan.counts(), description.shapes) | added_biases(description, plan)
     return {name: shape for name, shape in shapes.items() if 0 not in shape}
+
+
+def compensated(description: Description, plan: Plan) -> list[Group]:
+    """Groups whose removed units are replaced by their means."""
+    gates = plan.gates(description.groups)
+    return [g for g in description.groups if plan.means is not None and (gates[g.name] == 0).any()]
+
+
+def added_biases(description: Description, plan: Plan) -> dict[str, tuple[int, ...]]:
+    """Biases that writers have in the pruned model only, with their shapes."""
+    names = {f"{g.gate_at}.bias": description.shapes[f"{g.gate_at}.weight"] for g in compensated(description, plan)}
+    return {name: shape[:1] for name, shape in names.items() if name not in description.shapes}
 
 
 def _folded(weight_OI: Tensor, scale: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -3,16 +3,17 @@
 `prune` is all of them in a row with the model loaded once. The command line only parses and prints.
 """
 
-import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from secateur.attach import attached
+from secateur.attach import attached, compensation
 from secateur.budget import figures, make_budget
 from secateur.card import model_card, public_name
 from secateur.config import Config
@@ -20,12 +21,11 @@ from secateur.evaluate import perplexity, windows
 from secateur.export import export
 from secateur.files import InputError, read_json, write_json, write_text
 from secateur.gates import Gates, load_gates, save_gates
-from secateur.learn import LearningDiverged, learn
-from secateur.optimise import Step
+from secateur.methods import find_gates
 from secateur.plan import Plan, Rounding, load_plan, make_plan, save_plan
 from secateur.run import new_run, open_run
 from secateur.session import Session
-from secateur.slicing import pruned_shapes
+from secateur.slicing import added_biases, pruned_shapes
 from secateur.text import evaluation_text
 from secateur.verify import Comparison, compare, folded, logits_of, with_weights_in
 
@@ -38,58 +38,10 @@ class VerificationFailed(RuntimeError):
 
 
 def learn_stage(session: Session) -> Gates:
-    """Learns the gates: RUN/gates.safetensors, metrics.jsonl a line a step. Goes on from a checkpoint where one is."""
-    run, c, loaded, blocks = session.run, session.config, session.loaded, session.blocks
-    groups, shapes = loaded.description.groups, loaded.description.shapes
-    assert c.learning is not None and c.per is not None
-    limits = make_budget(groups, shapes, c.sparsity, c.per)
+    """Learns or scores the gates: RUN/gates.safetensors, metrics.jsonl a line a learning step."""
+    run, _model, _tokens = session.run, session.loaded, session.blocks  # loaded before the clock runs
     with session.timed("learn"):
-        lines = run.metrics.read_text().splitlines() if run.checkpoint.exists() and run.metrics.exists() else []
-        fresh = True
-        with run.metrics.open("a", encoding="utf-8") as metrics:
-
-            def on_step(step: Step) -> None:
-                nonlocal fresh
-                if fresh:  # not before: what another interruption leaves must still have its lines
-                    metrics.truncate(0)
-                    metrics.writelines(line + "\n" for line in lines[: step.step - 1])
-                    fresh = False
-                metrics.write(json.dumps(asdict(step)) + "\n")
-                metrics.flush()
-                session.progress.step(step)
-
-            try:
-                learned = learn(
-                    loaded.model,
-                    groups,
-                    blocks.calibration_NT,
-                    blocks.held_out_NT,
-                    limits,
-                    c.learning,
-                    steps=c.steps,
-                    batch_size=c.batch_size,
-                    seed=c.seed,
-                    checkpoint=run.checkpoint,
-                    checkpoint_every=c.checkpoint_every,
-                    on_step=on_step,
-                    on_measured=session.progress.measured,
-                )
-            except LearningDiverged as error:
-                about = {"architecture": session.architecture, "model": c.model, "steps": error.step}
-                last_good = run.folder / f"gates-step-{error.step}.safetensors"
-                save_gates(last_good, Gates(error.z_N.cpu(), groups, about))
-                raise InputError(f"{error} ({last_good})") from None
-    about = {
-        "architecture": session.architecture,
-        "model": c.model,
-        "sparsity": c.sparsity,
-        "per": c.per,
-        "data": blocks.about,
-        "tokens": c.steps * c.batch_size * c.seq_len,
-        "recipe": asdict(c.learning),
-        "fixing": None if learned.fixing is None else asdict(learned.fixing),
-    }
-    gates = Gates(learned.z_N.cpu(), groups, about)
+        gates = find_gates(session)
     run.plan.unlink(missing_ok=True)  # a plan of earlier gates
     save_gates(run.gates, gates)
     run.checkpoint.unlink(missing_ok=True)
@@ -101,17 +53,21 @@ def plan_stage(session: Session, shape: str | None = None) -> tuple[Plan, Roundi
     run, c, description = session.run, session.config, session.loaded.description
     shape = shape or c.shape
     gates = load_gates(run.gates, description.groups, session.architecture)
+    if shape == "uniform" and gates.means is not None:
+        raise InputError(f"--method {c.method} adds biases, which --shape uniform has no place for; use --shape ragged")
     scope = "layer" if shape == "uniform" else c.per
     assert scope is not None
     limits = make_budget(description.groups, description.shapes, c.sparsity, scope)
     with session.timed("plan"):
-        plan, rounding = make_plan(gates, limits, shape, session.held_out_loss)
+        plan, rounding = make_plan(gates, limits, shape, partial(session.held_out_loss, means=gates.means))
         save_plan(run.plan, plan, rounding, session.architecture)
     return plan, rounding
 
 
 def _planned(session: Session) -> tuple[Plan, Rounding]:
-    return load_plan(session.run.plan, session.loaded.description.groups, session.architecture)
+    groups, architecture = session.loaded.description.groups, session.architecture
+    plan, rounding = load_plan(session.run.plan, groups, architecture)
+    return replace(plan, means=load_gates(session.run.gates, groups, architecture).means), rounding
 
 
 def export_stage(session: Session, shape: str | None = None) -> None:
@@ -154,6 +110,7 @@ def verify_stage(session: Session) -> list[Comparison]:
     plan, _ = _planned(session)
     groups, model, own = loaded.description.groups, loaded.model, loaded.checkpoint_dtype
     gates = {name: gate.to(next(model.parameters()).device) for name, gate in plan.gates(groups).items()}
+    biases = compensation(model, groups, gates, plan.means)
     ids_NT = session.blocks.held_out_NT[:VERIFIED_ROWS]
     learning_dtype = next(model.parameters()).dtype
     with session.timed("verify"):
@@ -164,16 +121,16 @@ def verify_stage(session: Session) -> list[Comparison]:
         comparisons = []
         try:
             if own != torch.float32:
-                with attached(with_weights_in(model, torch.float32), groups, gates):
+                with attached(with_weights_in(model, torch.float32), groups, gates, biases):
                     exact_NTV = logits_of(model, ids_NT)
-                with attached(with_weights_in(model, own), groups, gates):
+                with attached(with_weights_in(model, own), groups, gates, biases):
                     gated_NTV = logits_of(model, ids_NT)
                 noise = (exact_NTV - gated_NTV).abs().mean().item()
                 name = str(own).removeprefix("torch.")
                 comparisons.append(compare(gated_NTV, logits_of(exported, ids_NT), name, noise))
             with_weights_in(model, torch.float32)
             exact = own == torch.float32  # else the export's weights are rounded after folding, and so must these be
-            with attached(model, groups, gates) if exact else folded(model, groups, gates, own):
+            with attached(model, groups, gates, biases) if exact else folded(model, groups, gates, own, biases):
                 gated_NTV = logits_of(model, ids_NT)
             exported_NTV = logits_of(with_weights_in(exported, torch.float32), ids_NT)
             comparisons.append(compare(gated_NTV, exported_NTV, "float32"))
@@ -204,13 +161,16 @@ def eval_stage(session: Session) -> dict[str, Any]:
         exported = load_export(session, next(loaded.model.parameters()).dtype)
         bytes_per_value = loaded.checkpoint_dtype.itemsize
         dense = asdict(figures(description, None, bytes_per_value)) | asdict(perplexity(loaded.model, ids_NT))
-        pruned = asdict(figures(description, plan.counts(), bytes_per_value)) | asdict(perplexity(exported, ids_NT))
+        added = sum(map(prod, added_biases(description, plan).values()))
+        sizes = figures(description, plan.counts(), bytes_per_value, added)
+        pruned = asdict(sizes) | asdict(perplexity(exported, ids_NT))
         dense["disk_bytes"] = dense["parameters"] * bytes_per_value
         pruned["disk_bytes"] = sum(f.stat().st_size for f in run.model.glob("*.safetensors"))
         counted = sum(p.numel() for p in exported.parameters())
         assert counted == pruned["parameters"], f"the export has {counted} parameters, {pruned['parameters']} planned"
     gates = load_gates(run.gates, description.groups, session.architecture)
-    results: dict[str, Any] = {"text": text, "dense": dense, "pruned": pruned, "rounding": asdict(rounding)}
+    results: dict[str, Any] = {"method": c.method, "text": text, "dense": dense, "pruned": pruned}
+    results["rounding"] = asdict(rounding)
     results["fixing"] = gates.about.get("fixing")
     results["join"] = join
     results["seconds"] = read_json(run.timings, "secateur prune")

@@ -68,17 +68,30 @@ def with_weights_in(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedMod
 
 @contextmanager
 def folded(
-    model: nn.Module, groups: Sequence[Group], gates: Mapping[str, torch.Tensor], dtype: torch.dtype
+    model: nn.Module,
+    groups: Sequence[Group],
+    gates: Mapping[str, torch.Tensor],
+    dtype: torch.dtype,
+    biases: Mapping[str, torch.Tensor] | None = None,
 ) -> Iterator[None]:
-    """Within the context gates are folded into the writers' weights, rounded to `dtype` as the export rounds them."""
+    """Within the context gates are folded into the writers' weights, rounded to `dtype` as the export rounds them.
+
+    So are `biases` into the writers' biases.
+    """
     weights = {g.name: writer(model, g).weight for g in groups}
     saved = {name: weight.data for name, weight in weights.items()}
+    own = {g.name: writer(model, g).bias for g in groups}
     try:
         for group in groups:
             weight = saved[group.name]
             gate = gates[group.name].to(weight.device).repeat_interleave(weight.shape[1] // group.units)
             weights[group.name].data = (weight.float() * gate).to(dtype).to(weight.dtype)
+            if biases and group.name in biases:
+                bias, before = biases[group.name].to(weight.device), own[group.name]
+                bias = bias if before is None else before.detach().float() + bias
+                writer(model, group).bias = nn.Parameter(bias.to(dtype).to(weight.dtype), requires_grad=False)
         yield
     finally:
-        for name, weight in weights.items():
-            weight.data = saved[name]
+        for group in groups:
+            weights[group.name].data = saved[group.name]
+            writer(model, group).bias = own[group.name]

@@ -1,0 +1,203 @@
+"""One-shot baselines: a score for every unit from the weights, or from one pass over calibration text.
+
+Every function takes the model, its groups, calibration rows and the budget, and gives `Scores`, by which
+`largest_that_fits` ranks units; nothing is learned. All see the same rows as the learned methods, and the dense model:
+where a paper prunes layer by layer and measures the next one behind the pruned ones, this is not done.
+
+A paper's sum over a unit's weights is divided by the unit's share of the parameters unless the paper ranks otherwise.
+Within equal widths (`--per layer`, the rule of magnitude, Wanda-sp and LLM-Pruner) that changes nothing, as all units
+compared are of one size; over kinds it makes heads and channels comparable.
+
+Shape suffixes: N units of the whole model or rows of tokens, I inputs of a writer, T positions; U units of a group,
+V weight vectors of a unit, R entries of a vector.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel
+
+from secateur.attach import writer
+from secateur.budget import Budget
+from secateur.config import Recipe
+from secateur.sensitivity import balanced, gate_sensitivity, weighted
+from secateur.units import Group, Slice
+
+Groups = tuple[Group, ...]
+OnRow = Callable[[int], None]
+"""Hears of the rows of calibration text that have been used."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What ranks the units, and what makes up for those that go."""
+
+    score_N: torch.Tensor
+    """The higher, the rather kept: float32, comparable over all units."""
+    means: Mapping[str, torch.Tensor] | None = None
+    """Group name → mean of every input of its writer, float32: removed units are replaced by it (FLAP)."""
+
+
+# --- from weights alone ----------------------------------------------------------------------------------------------
+
+
+def magnitude(model: PreTrainedModel, groups: Groups, _ids_NT: torch.Tensor, limits: Budget, _on_row: OnRow) -> Scores:
+    """Σ w² over all weights of a unit: its l2 norm, squared so that it adds up, as in the l2 baseline of LLM-Pruner
+    (Ma et al. 2023, arXiv 2305.11627, section 4)."""
+    parts = []
+    for group in groups:
+        weights = ((model.get_parameter(s.param).detach(), s) for s in group.slices)
+        squares = [vectors(w.float().square(), s, group.units).sum((1, 2)) for w, s in weights]
+        parts.append(torch.stack(squares).sum(0))
+    return Scores(torch.cat(parts) / limits.share_N)
+
+
+def vectors(weight: torch.Tensor, s: Slice, units: int) -> torch.Tensor:
+    """A tensor of the shape of `s.param`, as the rows or columns that belong to each unit: shape (U, V, R)."""
+    length = weight.shape[s.dim]
+    rows = weight.movedim(s.dim, 0).reshape(s.copies, units, length // (s.copies * units), -1)
+    return rows.transpose(0, 1).flatten(1, 2)
+
+
+# --- from the inputs of the writers ----------------------------------------------------------------------------------
+
+
+@dataclass
+class _Moments:
+    """Mean and sum of squared deviations of every input of a writer, merged row by row (Chan et al. 1983)."""
+
+    mean_I: torch.Tensor
+    squares_I: torch.Tensor
+    count: int = 0
+
+    def add(self, x: torch.Tensor) -> None:
+        x_TI = x.float().flatten(0, -2)
+        count, mean_I = self.count + len(x_TI), x_TI.mean(0)
+        apart_I = mean_I - self.mean_I
+        self.squares_I += (x_TI - mean_I).square().sum(0) + apart_I.square() * (self.count * len(x_TI) / count)
+        self.mean_I += apart_I * (len(x_TI) / count)
+        self.count = count
+
+
+@torch.no_grad()
+def _moments(model: PreTrainedModel, groups: Groups, ids_NT: torch.Tensor, on_row: OnRow) -> list[_Moments]:
+    """Moments of the writers' inputs over all tokens of `ids_NT`, one forward pass a row; memory O(inputs)."""
+    found = []
+    with ExitStack() as stack:
+        for group in groups:
+            module = writer(model, group)
+            zeros_I = torch.zeros(module.in_features, device=module.weight.device)
+            moments = _Moments(zeros_I, zeros_I.clone())
+            found.append(moments)
+
+            def listen(_module, args, moments=moments):  # type: ignore[no-untyped-def]
+                moments.add(args[0])
+
+            stack.callback(module.register_forward_pre_hook(listen).remove)
+        for row, ids_T in enumerate(ids_NT, start=1):
+            model.base_model(ids_T[None], use_cache=False)  # no logits are needed
+            on_row(row)
+    return found
+
+
+def wanda_sp(model: PreTrainedModel, groups: Groups, ids_NT: torch.Tensor, limits: Budget, on_row: OnRow) -> Scores:
+    """Σ_ij |W_ij| ‖X_j‖₂ over the outputs i and a unit's inputs j of its writer (Wanda, Sun et al. 2024, arXiv
+    2306.11695, equation 1, summed over structures as FLAP's authors do for their baseline Wanda-sp)."""
+    parts = []
+    for group, m in zip(groups, _moments(model, groups, ids_NT, on_row), strict=True):
+        size_I = (m.squares_I / m.count + m.mean_I.square()).sqrt()
+        score_I = writer(model, group).weight.detach().float().abs().sum(0) * size_I
+        parts.append(score_I.unflatten(0, (group.units, -1)).sum(1))
+    return Scores(torch.cat(parts) / limits.share_N)
+
+
+def flap(model: PreTrainedModel, groups: Groups, ids_NT: torch.Tensor, _limits: Budget, on_row: OnRow) -> Scores:
+    """FLAP (An et al. 2024, arXiv 2312.11983): what fluctuates least is best replaced by its mean.
+
+    S_j = var(X_j) ‖W_:j‖₂² for every input j of a writer, standardised within the layer and kind, S → (S − mean) / std,
+    averaged over a head's inputs, then ranked over the whole model as it is: a head counts in the budget for all its
+    parameters, but is not asked for more score. The released code squares attention's S first; the paper does not.
+    """
+    parts, means = [], {}
+    for group, m in zip(groups, _moments(model, groups, ids_NT, on_row), strict=True):
+        variance_I = m.squares_I / max(1, m.count - 1)
+        score_I = variance_I * writer(model, group).weight.detach().float().square().sum(0)
+        score_I = (score_I - score_I.mean()) / score_I.std().clamp(min=1e-30)
+        parts.append(score_I.unflatten(0, (group.units, -1)).mean(1))
+        means[group.name] = m.mean_I
+    return Scores(torch.cat(parts), means)
+
+
+# --- from gradients --------------------------------------------------------------------------------------------------
+
+
+def taylor_element(
+    model: PreTrainedModel, groups: Groups, ids_NT: torch.Tensor, limits: Budget, on_row: OnRow
+) -> Scores:
+    """Σ |w ∂L/∂w| over all weights of a unit (LLM-Pruner, arXiv 2305.11627, section 3.2, "element", to first order).
+
+    The gradient is that of the mean loss over all rows, as LLM-Pruner takes it of one batch: a float32 copy of all
+    units' weights beside the model. LLM-Pruner removes the same share of each layer that it prunes, and by default
+    leaves the first and last layers whole; here all layers are pruned, so that the budget is that of other methods.
+    """
+    parts = _taylor(model, groups, ids_NT, on_row, by_vector=False)
+    return Scores(torch.cat(parts) / limits.share_N)
+
+
+def taylor_vector(
+    model: PreTrainedModel, groups: Groups, ids_NT: torch.Tensor, limits: Budget, on_row: OnRow
+) -> Scores:
+    """Σ_v |Σ w ∂L/∂w| over the weight vectors v of a unit: rows of what reads, columns of what writes (LLM-Pruner,
+    arXiv 2305.11627, section 3.2, "vector", with the vectors of its released code). Memory: a number a vector, and one
+    parameter's gradient at a time."""
+    parts = _taylor(model, groups, ids_NT, on_row, by_vector=True)
+    return Scores(torch.cat(parts) / limits.share_N)
+
+
+def _taylor(
+    model: PreTrainedModel, groups: Groups, ids_NT: torch.Tensor, on_row: OnRow, by_vector: bool
+) -> list[torch.Tensor]:
+    """Σ |Σ_rows w ∂L/∂w| by group, each of shape (U,), with the inner sum over a vector's entries, too, or not."""
+    totals: dict[str, torch.Tensor] = {}
+    with ExitStack() as stack:
+        for group in groups:
+            for s in group.slices:
+                parameter = model.get_parameter(s.param)
+
+                def add(p, s=s, units=group.units):  # type: ignore[no-untyped-def]
+                    product_UVR = vectors(p.detach().float() * p.grad.float(), s, units)
+                    product = product_UVR.sum(2, keepdim=True) if by_vector else product_UVR
+                    totals[s.param] = totals[s.param].add_(product) if s.param in totals else product.contiguous()
+                    p.grad = None
+
+                stack.callback(parameter.requires_grad_, parameter.requires_grad)
+                parameter.requires_grad_()
+                stack.callback(parameter.register_post_accumulate_grad_hook(add).remove)
+        for row, ids_BT in enumerate(ids_NT.split(1), start=1):
+            logits_BTV = model(ids_BT, use_cache=False).logits
+            F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), ids_BT[:, 1:].flatten()).backward()
+            on_row(row)
+    return [torch.stack([totals[s.param].abs().sum((1, 2)) for s in g.slices]).sum(0) / len(ids_NT) for g in groups]
+
+
+def sensitivity(
+    model: PreTrainedModel, groups: Groups, ids_NT: torch.Tensor, limits: Budget, on_row: OnRow, *, recipe: Recipe
+) -> Scores:
+    """What the default recipe starts from, without the learning: Fisher information of the gates, heads counted more,
+    channels evened out between layers (`sensitivity.py`), on as many rows as the recipe measures."""
+    sensitivity_N = weighted(gate_sensitivity(model, groups, ids_NT, on_row), groups, recipe.attention_weight)
+    return Scores(balanced(sensitivity_N, groups, recipe.layer_balance) / limits.share_N)
+
+
+ONE_SHOT: dict[str, Callable[..., Scores]] = {
+    "sensitivity": sensitivity,
+    "magnitude": magnitude,
+    "wanda-sp": wanda_sp,
+    "flap": flap,
+    "taylor-element": taylor_element,
+    "taylor-vector": taylor_vector,
+}
+"""`--method` → its scores."""

@@ -1,0 +1,114 @@
+"""`--method` put to work: gates that are learned, or scored once, over the same units, budget and calibration text.
+
+Serves `secateur learn RUN`.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import torch
+
+from secateur.budget import Budget, largest_that_fits, make_budget, ranked
+from secateur.files import InputError
+from secateur.gates import Gates, save_gates
+from secateur.importance import ONE_SHOT
+from secateur.learn import LearningDiverged, learn
+from secateur.optimise import Step
+from secateur.session import Session
+
+
+def find_gates(session: Session) -> Gates:
+    """Gates of the run's method. Those that are learned go on from a checkpoint where one is; the others start over."""
+    c, blocks, description = session.config, session.blocks, session.loaded.description
+    assert c.learning is not None and c.per is not None
+    about: dict[str, Any] = {
+        "architecture": session.architecture,
+        "method": c.method,
+        "model": c.model,
+        "sparsity": c.sparsity,
+        "per": c.per,
+        "data": blocks.about,
+        "tokens": c.steps * c.batch_size * c.seq_len,
+        "recipe": asdict(c.learning),
+        "fixing": None,
+    }
+    limits = make_budget(description.groups, description.shapes, c.sparsity, c.per)
+    return (_score if c.method in ONE_SHOT else _learn)(session, limits, about)
+
+
+def _score(session: Session, limits: Budget, about: dict[str, Any]) -> Gates:
+    c, loaded, ids_NT = session.config, session.loaded, session.blocks.calibration_NT
+    groups, device = loaded.description.groups, next(loaded.model.parameters()).device
+    assert c.learning is not None
+    score_units = ONE_SHOT[c.method]
+    if c.method == "sensitivity":
+        score_units = partial(score_units, recipe=c.learning)
+        ids_NT = ids_NT[: c.learning.sensitivity_batches * c.batch_size]
+    session.run.metrics.unlink(missing_ok=True)  # of gates learned in this folder before
+    loaded.model.eval().requires_grad_(False)
+    scores = score_units(loaded.model, groups, ids_NT.to(device), limits.to(device), session.progress.measured)
+    score_N = scores.score_N.cpu()
+    if not torch.isfinite(score_N).all():
+        raise InputError(f"scores of --method {c.method} are NaN or infinite; score in --dtype float32")
+    means = None if scores.means is None else {name: mean.cpu() for name, mean in scores.means.items()}
+    z_N = ranked(score_N, largest_that_fits(score_N, limits))
+    return Gates(z_N, groups, about, torch.ones_like(z_N), means)
+
+
+def _learn(session: Session, limits: Budget, about: dict[str, Any]) -> Gates:
+    run, c, loaded, blocks = session.run, session.config, session.loaded, session.blocks
+    groups = loaded.description.groups
+    assert c.learning is not None
+    with run.metrics.open("a", encoding="utf-8") as metrics:
+        try:
+            learned = learn(
+                loaded.model,
+                groups,
+                blocks.calibration_NT,
+                blocks.held_out_NT,
+                limits,
+                c.learning,
+                steps=c.steps,
+                batch_size=c.batch_size,
+                seed=c.seed,
+                method=c.method,
+                measure_every=c.measure_every,
+                checkpoint=run.checkpoint,
+                checkpoint_every=c.checkpoint_every,
+                on_step=_recorder(session, metrics),
+                on_measured=session.progress.measured,
+            )
+        except LearningDiverged as error:
+            last_good = run.folder / f"gates-step-{error.step}.safetensors"
+            save_gates(last_good, _gates(error.z_N, error.value_N, groups, about | {"steps": error.step}))
+            raise InputError(f"{error} ({last_good})") from None
+    fixing = None if learned.fixing is None else asdict(learned.fixing)
+    return _gates(learned.z_N, learned.value_N, groups, about | {"fixing": fixing})
+
+
+def _gates(z_N: torch.Tensor, value_N: torch.Tensor, groups: Any, about: dict[str, Any]) -> Gates:
+    """On the CPU, with values only where they are not ReLU(z)."""
+    z_N, value_N = z_N.cpu(), value_N.cpu()
+    return Gates(z_N, groups, about, None if torch.equal(value_N, z_N.relu()) else value_N)
+
+
+def _recorder(session: Session, metrics: Any) -> Callable[[Step], None]:
+    """Writes a line a step to metrics.jsonl, after those of the steps that the checkpoint has."""
+    run = session.run
+    lines = run.metrics.read_text().splitlines() if run.checkpoint.exists() else []
+    fresh = True
+
+    def on_step(step: Step) -> None:
+        nonlocal fresh
+        if fresh:  # not before: what another interruption leaves must still have its lines
+            metrics.truncate(0)
+            metrics.writelines(line + "\n" for line in lines[: step.step - 1])
+            fresh = False
+        metrics.write(json.dumps({name: value for name, value in asdict(step).items() if value is not None}) + "\n")
+        metrics.flush()
+        session.progress.step(step)
+
+    return on_step
