@@ -1,47 +1,56 @@
-"""The diagonal Fisher information of the gates, against a computation that knows nothing of the trick."""
+"""The diagonal Fisher information of the gates, against computations that know nothing of the hooks."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from runs import random_tokens, small_llama
-from secateur.attach import writer
+from secateur.attach import attached
 from secateur.describe import describe
+from secateur.gates import by_group
 from secateur.sensitivity import balanced, gate_sensitivity, weighted
 from secateur.units import Group
 
 
-def brute_force(model, groups, ids_NT):
-    """Every token has gates of its own; the squared gradient by each, summed over tokens, averaged over rows."""
+def brute_force(model, groups, ids_NT, seed):
+    """The squared gradient by the gates of the log-likelihood of labels the model draws, averaged over rows."""
     tokens = ids_NT.shape[1] - 1
-    totals = [torch.zeros(g.units) for g in groups]
+    generator = torch.Generator().manual_seed(seed)
+    total_N = torch.zeros(sum(g.units for g in groups))
     for ids_T in ids_NT:
-        gates = [torch.ones(len(ids_T), g.units, requires_grad=True) for g in groups]
-        handles = []
-        for group, gate_TK in zip(groups, gates, strict=True):
-            module = writer(model, group)
-
-            def scale(_module, args, gate_TK=gate_TK, block=module.in_features // group.units):
-                return (args[0] * gate_TK.repeat_interleave(block, dim=1),)
-
-            handles.append(module.register_forward_pre_hook(scale))
-        logits_TV = model(ids_T[None]).logits[0]
-        loss = F.cross_entropy(logits_TV[:-1], ids_T[1:], reduction="sum")
-        for total, grad_TK in zip(totals, torch.autograd.grad(loss, gates), strict=True):
-            total += (grad_TK / tokens).square().sum(0)
-        for handle in handles:
-            handle.remove()
-    return torch.cat(totals) * tokens / len(ids_NT)
+        gate_N = torch.ones_like(total_N, requires_grad=True)
+        with attached(model, groups, by_group(gate_N, groups)):
+            logits_TV = model(ids_T[None]).logits[0, :-1]
+        labels_T = torch.multinomial(logits_TV.softmax(-1), 1, generator=generator)[:, 0]
+        (grad_N,) = torch.autograd.grad(F.cross_entropy(logits_TV, labels_T, reduction="sum"), gate_N)
+        total_N += grad_N.square()
+    return total_N / tokens / len(ids_NT)
 
 
 @pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 4}])
-def test_sensitivity_equals_squared_per_token_gradients_of_the_gates(changes):
+def test_sensitivity_equals_squared_gradients_of_sequences_that_the_model_labels(changes):
     model = small_llama(**changes)
     groups = describe(model).groups
     ids_NT = random_tokens(3, 9)
-    expected = brute_force(model, groups, ids_NT)
-    torch.testing.assert_close(gate_sensitivity(model, groups, ids_NT), expected, rtol=1e-4, atol=1e-9)
-    assert (expected > 0).all()
+    expected_N = brute_force(model, groups, ids_NT, seed=5)
+    torch.testing.assert_close(gate_sensitivity(model, groups, ids_NT, seed=5), expected_N, rtol=1e-4, atol=1e-9)
+    assert (expected_N > 0).all()
+
+
+def test_half_the_sensitivity_is_the_kl_divergence_of_a_gate_that_moves_a_little():
+    model = small_llama()
+    groups = describe(model).groups
+    ids_NT = random_tokens(400, 9)
+    sensitivity_N = gate_sensitivity(model, groups, ids_NT)
+    for unit in (0, 40, 150):
+        gate_N = torch.ones_like(sensitivity_N)
+        gate_N[unit] = 0.9
+        with torch.no_grad():
+            teacher_NTV = model(ids_NT).logits[:, :-1].log_softmax(-1)
+            with attached(model, groups, by_group(gate_N, groups)):
+                student_NTV = model(ids_NT).logits[:, :-1].log_softmax(-1)
+        kl = (teacher_NTV.exp() * (teacher_NTV - student_NTV)).sum(-1).mean().item()
+        assert 0.5 * sensitivity_N[unit].item() * 0.1**2 == pytest.approx(kl, rel=0.35)
 
 
 def test_sensitivity_leaves_no_trace_in_the_model():

@@ -1,8 +1,12 @@
-"""How much the loss would rise if a gate moved: the diagonal of the Fisher information of the gates at the dense model.
+"""How much the model would change if a gate moved: the diagonal of the Fisher information of the gates at m = 1.
 
-It sets each gate's step size, so that a gate moves as far as it is unimportant: Adam alone moves every gate by about
-its learning rate a step, whatever it is worth, and a short run then does most of its damage to units that it keeps.
-Squared per token rather than per batch, as a batch's sum has one degree of freedom where its tokens have hundreds.
+It sets which units start inside the budget, and each gate's step size, so that a gate moves as far as it is
+unimportant: Adam alone moves every gate by about its learning rate a step, whatever it is worth.
+
+Two choices make it accurate (docs/study.md has the figures). Labels are drawn from the model, not read off the text:
+that is the Fisher information itself, the curvature of the KL divergence from the dense model, where squared gradients
+of the text's own labels also count what the model gets wrong. And gradients are summed over a sequence before they are
+squared: a gate is one number for all positions, whose effects add up.
 """
 
 from collections.abc import Callable
@@ -17,7 +21,7 @@ from secateur.units import Group
 
 
 class _Probe(torch.autograd.Function):
-    """Identity that adds Σ_tokens (Σ_block x ∂L/∂x)² to an accumulator in its backward pass."""
+    """Identity that adds (Σ_tokens Σ_block x ∂L/∂x)² of every sequence to an accumulator in its backward pass."""
 
     @staticmethod
     def forward(ctx, x, _anchor, total, block):  # type: ignore[no-untyped-def]
@@ -28,8 +32,8 @@ class _Probe(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         (x,) = ctx.saved_tensors
-        by_unit = (x.float() * grad.float()).unflatten(-1, (-1, ctx.block)).sum(-1)
-        ctx.total += by_unit.square().flatten(0, -2).sum(0)
+        by_unit = (x.float() * grad.float()).unflatten(-1, (-1, ctx.block)).sum((-3, -1))
+        ctx.total += by_unit.square().sum(0)
         return grad, None, None, None
 
 
@@ -38,13 +42,16 @@ def gate_sensitivity(
     groups: tuple[Group, ...],
     ids_NT: torch.Tensor,
     on_row: Callable[[int], None] = lambda _: None,
+    seed: int = 0,
 ) -> torch.Tensor:
     """Diagonal Fisher information of every gate at m = 1, in nats a token, shape (units of the model,), float32.
 
-    One forward and backward pass a row of `ids_NT`; ½ of the value estimates the rise of the loss when the unit is
-    removed alone (optimal brain damage, LeCun et al. 1990, with the empirical Fisher for the Hessian).
+    One forward and backward pass a row of `ids_NT`, with labels drawn by `seed`; ½ of the value estimates the KL
+    divergence from the dense model when the unit is removed alone (optimal brain damage, LeCun et al. 1990, with the
+    Fisher information for the Hessian). With N rows its relative error is about √(2/N).
     """
     device = ids_NT.device
+    generator = torch.Generator(device).manual_seed(seed)
     anchor = torch.zeros((), device=device, requires_grad=True)
     totals = [torch.zeros(g.units, device=device) for g in groups]
     with ExitStack() as stack:
@@ -57,8 +64,9 @@ def gate_sensitivity(
 
             stack.callback(module.register_forward_pre_hook(probe).remove)
         for row, ids_BT in enumerate(ids_NT.split(1), start=1):
-            logits_BTV = model(ids_BT, use_cache=False).logits
-            F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), ids_BT[:, 1:].flatten()).backward()
+            logits_TV = model(ids_BT, use_cache=False).logits[0, :-1].float()
+            labels_T = torch.multinomial(logits_TV.detach().softmax(dim=-1), 1, generator=generator)[:, 0]
+            F.cross_entropy(logits_TV, labels_T).backward()
             on_row(row)
     tokens = ids_NT.shape[1] - 1
     return torch.cat(totals) * (tokens / len(ids_NT))
