@@ -7,6 +7,7 @@ import tempfile
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="secateur-modules-")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["TQDM_DISABLE"] = "1"  # as the command line sets it, but tests import tqdm first
 
 import pytest
 import torch

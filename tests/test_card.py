@@ -8,8 +8,8 @@ from secateur.config import Config
 from secateur.plan import Rounding
 
 FIGURES = {
-    "perplexity": 20.0, "windows": 4, "length": 8, "tokens": 28, "parameters": 1000, "block_parameters": 800, "flops_per_token": 2000,
-    "kv_bytes_per_token": 64, "disk_bytes": 4000,
+    "perplexity": 20.0, "windows": 4, "length": 8, "tokens": 28, "parameters": 1000, "block_parameters": 800,
+    "flops_per_token": 2000, "kv_bytes_per_token": 64, "disk_bytes": 4000,
 }  # fmt: skip
 ROUNDING = Rounding(0.8, 0.85, 0.8, 3, 0, 0.0, 3.0, 3.5)
 
@@ -62,3 +62,30 @@ def test_the_card_says_what_was_done_and_shows_no_path(tmp_path: Any) -> None:
 def test_hub_ids_keep_their_owner() -> None:
     assert public_name("owner/name") == "owner/name"
     assert public_name("/data/models/llama") == "llama"
+
+
+def task(acc: float, change: float, error: float | None = 0.02) -> dict[str, Any]:
+    figures = {"dense": acc, "pruned": acc + change, "difference": change}
+    return {name: {"acc": value, "acc_stderr": error} for name, value in figures.items()} | {
+        "items": 50, "of": 200, "cut": 0, "joined": 0, "versions": {"lm_eval": "0.4"},
+    }  # fmt: skip
+
+
+def test_tasks_have_rows_with_errors_and_a_mean_over_tasks() -> None:
+    rows = {row[0]: row[1:] for row in summary(results(tasks={"a": task(0.5, -0.1), "b": task(0.7, 0.02)}))}
+    assert rows["a, acc"] == ("0.500 ± 0.020", "0.400 ± 0.020", "−0.100 ± 0.020")
+    assert rows["b, acc"][2] == "+0.020 ± 0.020"
+    assert rows["mean of 2 tasks, acc"] == ("0.600 ± 0.014", "0.560 ± 0.014", "−0.040 ± 0.014")
+    alone = {row[0]: row[1:] for row in summary(results(tasks={"a": task(0.5, -0.1, None)}))}
+    assert alone["a, acc"] == ("0.500", "0.400", "−0.100") and not any("mean of" in label for label in alone)
+
+
+def test_items_that_were_cut_joined_or_seen_before_are_warned_of() -> None:
+    cheap = vars(replace(ROUNDING, held_out_planned=3.001))
+    clean = {"run_words": 13, "text": {"words": 90, "covered": 0, "runs": 0}, "tasks": {"a": {"items": 50, "hit": 0}}}
+    assert warnings(results(rounding=cheap, tasks={"a": task(0.5, 0)}, overlap=clean)) == []
+    seen = {"run_words": 13, "text": {"words": 80, "covered": 20, "runs": 8}, "tasks": {"a": {"items": 50, "hit": 3}}}
+    bad = {"a": task(0.5, 0) | {"cut": 4, "joined": 5}}
+    said = warnings(results(rounding=cheap, tasks=bad, overlap=seen))
+    assert "8 runs of 13 words, which cover 25.00%" in said[0] and "3 of 50 items of a" in said[1]
+    assert "4 items of a" in said[2] and "5 items of a" in said[3] and len(said) == 4

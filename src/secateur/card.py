@@ -39,7 +39,41 @@ def summary(results: Mapping[str, Any]) -> list[Row]:
     for label, key, unit in figures:
         change = "" if pruned[key] == dense[key] else f"−{1 - pruned[key] / dense[key]:.1%}"
         rows.append((label, human(dense[key], unit), human(pruned[key], unit), change))
+    return rows + _task_rows(results.get("tasks", {}))
+
+
+def _task_rows(tasks: Mapping[str, Any]) -> list[Row]:
+    """A row a task and metric, with standard errors, and the mean accuracy of several tasks."""
+    rows: list[Row] = []
+    columns = ("dense", "pruned", "difference")
+    for name, task in tasks.items():
+        for metric in (key for key in task["dense"] if not key.endswith("_stderr")):
+            dense, pruned, change = (_figure(task[c][metric], task[c][f"{metric}_stderr"]) for c in columns)
+            rows.append((f"{name}, {metric}", dense, pruned, _signed(change)))
+    known = [task for task in tasks.values() if task["dense"].get("acc_stderr") is not None]
+    if len(known) > 1:
+        means = (sum(task[c]["acc"] for task in known) / len(known) for c in columns)
+        errors = (sum(task[c]["acc_stderr"] ** 2 for task in known) ** 0.5 / len(known) for c in columns)
+        dense, pruned, change = map(_figure, means, errors)
+        rows.append((f"mean of {len(known)} tasks, acc", dense, pruned, _signed(change)))
     return rows
+
+
+def _figure(value: float, error: float | None) -> str:
+    return f"{value:.3f}" if error is None else f"{value:.3f} ± {error:.3f}"
+
+
+def _signed(figure: str) -> str:
+    return "−" + figure[1:] if figure.startswith("-") else f"+{figure}"
+
+
+def task_protocol(results: Mapping[str, Any]) -> str | None:
+    """How the tasks were measured; None if there are none."""
+    if not results.get("tasks"):
+        return None
+    counts = ", ".join(f"{name} {t['items']:,} of {t['of']:,}" for name, t in results["tasks"].items())
+    used = next(iter(results["tasks"].values()))["versions"]["lm_eval"]
+    return f"zero-shot by lm-eval {used}, ± standard error, change paired over the items: {counts} items"
 
 
 def protocol(results: Mapping[str, Any]) -> str:
@@ -66,12 +100,46 @@ def arrival(results: Mapping[str, Any]) -> str:
 def warnings(results: Mapping[str, Any]) -> list[str]:
     """What a user should know before trusting the model, from the content of eval.json."""
     before, after, _opened, _when = _last_step(results)
-    if after - before <= COSTLY:
+    found = []
+    if after - before > COSTLY:
+        found.append(
+            f"holding the gates to the budget raised the held-out loss by {after - before:.3f} nats a token; more "
+            "steps, or the default recipe, arrive closer by themselves"
+        )
+    return found + _overlap_warnings(results.get("overlap")) + _task_warnings(results.get("tasks", {}))
+
+
+def _overlap_warnings(overlap: Mapping[str, Any] | None) -> list[str]:
+    if overlap is None:
         return []
-    return [
-        f"holding the gates to the budget raised the held-out loss by {after - before:.3f} nats a token; more steps, "
-        "or the default recipe, arrive closer by themselves"
-    ]
+    found, text, words = [], overlap["text"], overlap["run_words"]
+    if text["runs"]:
+        found.append(
+            f"calibration and evaluation text share {text['runs']:,} runs of {words} words, which cover "
+            f"{text['covered'] / text['words']:.2%} of the evaluation text: perplexities may look better than they are"
+        )
+    for name, task in overlap["tasks"].items():
+        if task["hit"]:
+            found.append(
+                f"{task['hit']:,} of {task['items']:,} items of {name} share a run of {words} words with the "
+                "calibration text: the accuracies may look better than they are"
+            )
+    return found
+
+
+def _task_warnings(tasks: Mapping[str, Any]) -> list[str]:
+    found = []
+    for name, task in tasks.items():
+        if task["cut"]:
+            found.append(
+                f"{task['cut']:,} items of {name} are longer than the model's context; lm-eval cut their beginning"
+            )
+        if task["joined"]:
+            found.append(
+                f"in {task['joined']:,} items of {name} the tokenizer joins query and choice, so lm-eval scores them "
+                "on other tokens than those of their text"
+            )
+    return found
 
 
 def _last_step(results: Mapping[str, Any]) -> tuple[float, float, float, str]:
@@ -125,6 +193,9 @@ def model_card(
         lines += ["## Figures", "", "| | dense | pruned | change |", "|---|---|---|---|"]
         lines += [f"| {' | '.join(row)} |" for row in summary(results)]
         lines += ["", f"Perplexity: {protocol(results)}; {public_name(results['text'])}.", ""]
+        if told := task_protocol(results):
+            lines += [f"Tasks: {told}.", ""]
+        lines += [f"Mind: {warning}.\n" for warning in _overlap_warnings(results.get("overlap"))]
     if verified is not None:
         for c in verified["comparisons"]:
             lines.append(

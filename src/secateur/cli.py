@@ -91,7 +91,10 @@ class Verify:
 
 @dataclass
 class Eval:
-    """Measure perplexity and sizes, dense against pruned: eval.json."""
+    """Measure perplexity, sizes and zero-shot tasks, dense against pruned: eval.json.
+
+    Example: secateur eval RUN --tasks arc_easy piqa my_items.jsonl --task-limit 500
+    """
 
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
@@ -103,6 +106,10 @@ class Eval:
     """Windows of evaluation text, 0 for all of it (default: the run's)."""
     eval_length: int | None = None
     """Tokens a window (default: the run's)."""
+    tasks: tuple[str, ...] = ()
+    """Zero-shot tasks: names of lm-eval's tasks, or files of items (.jsonl; .gz, .zst) (default: the run's)."""
+    task_limit: int | None = None
+    """Items a task, a random sample by the run's seed (default: the run's, else all)."""
 
 
 # --- commands --------------------------------------------------------------------------------------------------------
@@ -177,7 +184,7 @@ def verify(options: Verify) -> None:
 def evaluate(options: Eval) -> None:
     """`secateur eval`."""
     run = _open(options.run)
-    own = {name: value for name, value in vars(options).items() if name != "run" and value is not None}
+    own = {name: value for name, value in vars(options).items() if name != "run" and value not in (None, ())}
     run = replace(run, config=replace(run.config, **own))
     _print_results(run, _staged(run, "eval_stage"))
 
@@ -222,7 +229,7 @@ def _staged(run: "Run", stage: str, **options: Any) -> Any:
 
 
 def _print_results(run: "Run", results: dict[str, Any]) -> None:
-    from secateur.card import arrival, protocol, summary, warnings
+    from secateur.card import arrival, protocol, summary, task_protocol, warnings
 
     table = Table(title=f"{run.config.model} → {run.model}", title_justify="left")
     for column in ("", "dense", "pruned", "change"):
@@ -230,8 +237,10 @@ def _print_results(run: "Run", results: dict[str, Any]) -> None:
     for row in summary(results):
         table.add_row(*row)
     console.print(table)
-    told = f"perplexity: {protocol(results)}, {results['text']}; FLOPs without attention over the context"
-    console.print(told, markup=False)
+    text = f"perplexity: {protocol(results)}, {results['text']}; FLOPs without attention over the context"
+    console.print(text, markup=False)
+    if tasks := task_protocol(results):
+        console.print(f"tasks: {tasks}", markup=False)
     console.print(arrival(results))
     seconds = ", ".join(f"{stage} {took:.0f} s" for stage, took in results["seconds"].items())
     console.print(f"time: {seconds}")

@@ -17,6 +17,8 @@ TITLES = {
     "export": "writing the pruned model",
     "verify": "comparing gated and exported logits",
     "eval": "measuring perplexity",
+    "tasks": "reading zero-shot tasks",
+    "score": "answering zero-shot tasks, dense and pruned",
 }
 
 
@@ -81,6 +83,12 @@ class Screen(Listener):
             wanted = c.steps * c.batch_size * c.seq_len // c.epochs + c.held_out_tokens
             self.task = self.bars.add_task("write", total=wanted, figures="tokens")
         self.bars.advance(self.task, tokens)
+
+    def scored(self, rows: int, of: int) -> None:
+        """So many more rows of the zero-shot tasks went through a model."""
+        if self.task is None:
+            self.task = self.bars.add_task("score", total=of, figures="rows")
+        self.bars.advance(self.task, rows)
 
     def _end(self) -> None:
         if self.task is not None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,13 +14,16 @@ from secateur.bos import leading_bos
 from secateur.config import Config
 from secateur.data import SELF, Blocks, load_blocks
 from secateur.evaluate import mean_loss
-from secateur.files import read_json, write_json
+from secateur.files import InputError, read_json, write_json
 from secateur.gates import architecture_fingerprint
 from secateur.load import Loaded, load
 from secateur.optimise import Step
 from secateur.run import Run
 from secateur.selftext import self_written
 from secateur.text import local_files
+
+if TYPE_CHECKING:
+    from secateur.tasks import Tasks
 
 
 class Progress:
@@ -36,6 +40,9 @@ class Progress:
 
     def written(self, tokens: int) -> None:
         """The model wrote so many more tokens of text for itself."""
+
+    def scored(self, rows: int, of: int) -> None:
+        """So many more rows of the zero-shot tasks went through a model, of so many for both models."""
 
 
 @dataclass
@@ -92,6 +99,22 @@ class Session:
                 bos=self.bos,
                 written=written if c.data == SELF else None,
             )
+
+    @cached_property
+    def tasks(self) -> "Tasks | None":
+        """The zero-shot tasks, checked; None where none are asked for."""
+        c = self.config
+        if not c.tasks:
+            return None
+        self.progress.stage("tasks")
+        try:
+            from secateur.tasks import load_tasks
+        except ModuleNotFoundError as error:
+            reason = f"--tasks needs lm-eval, and {error.name} is not installed"
+            raise InputError(f"{reason}; run: pip install 'secateur[eval]'") from None
+        tasks = load_tasks(c.tasks, c.task_limit, c.seed)
+        tasks.check(self.loaded.model, self.loaded.tokenizer, self.bos)
+        return tasks
 
     @cached_property
     def architecture(self) -> str:

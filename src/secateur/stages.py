@@ -22,6 +22,7 @@ from secateur.export import export
 from secateur.files import InputError, read_json, write_json, write_text
 from secateur.gates import Gates, load_gates, save_gates
 from secateur.methods import find_gates
+from secateur.overlap import overlap
 from secateur.plan import Plan, Rounding, load_plan, make_plan, save_plan
 from secateur.run import new_run, open_run
 from secateur.session import Session
@@ -153,6 +154,7 @@ def verify_stage(session: Session) -> list[Comparison]:
 
 def eval_stage(session: Session) -> dict[str, Any]:
     """Perplexity and exact sizes, dense against pruned: RUN/eval.json, and the figures into the model card."""
+    tasks = session.tasks  # before the model is loaded: a name may be wrong
     run, c, loaded = session.run, session.config, session.loaded
     plan, rounding = _planned(session)
     description = loaded.description
@@ -173,6 +175,13 @@ def eval_stage(session: Session) -> dict[str, Any]:
     results["rounding"] = asdict(rounding)
     results["fixing"] = gates.about.get("fixing")
     results["join"] = join
+    if tasks is not None:
+        with session.timed("score"):
+            results["tasks"] = tasks.compare(
+                loaded.model, exported, loaded.tokenizer, session.bos, session.progress.scored
+            )
+    if run.data.exists():
+        results["overlap"] = overlap(run.data, ids_NT, tasks, loaded.tokenizer)
     results["seconds"] = read_json(run.timings, "secateur prune")
     write_json(run.eval, results)
     verified = read_json(run.verify, f"secateur verify {run.folder}") if run.verify.exists() else None
@@ -206,7 +215,7 @@ def remaining_stages(session: Session) -> dict[str, Any]:
     """All stages that have not been done yet, in order; returns what eval.json holds."""
     run = session.run
     if not run.gates.exists():
-        _evaluation_windows(session)  # text that is missing or too short is better known before learning
+        _tasks, _text = session.tasks, _evaluation_windows(session)  # what is wrong is better known before learning
         learn_stage(session)
     if not run.plan.exists():
         plan_stage(session)
