@@ -105,7 +105,7 @@ def test_the_default_recipe_arrives_at_the_budget_by_itself_and_then_meets_it_ex
     scores = []
     learned = run(model, steps=steps, sparsity=sparsity, on_step=lambda step: scores.append(step.score))
     fixing = learned.fixing
-    assert scores[fixing.step - 1] == pytest.approx(1 - sparsity, abs=0.02)
+    assert scores[fixing.step - 1] == pytest.approx(1 - sparsity, abs=0.03)
     assert fixing.kept_before == pytest.approx(1 - sparsity, abs=0.07)  # gates of 0 < z < 2μ count in part in the score
     assert torch.equal(learned.z_N > 0, largest_that_fits(learned.z_N, limits))
     room = int(limits.allowed_C) - int(limits.params_N[learned.z_N > 0].sum())

@@ -65,8 +65,9 @@ def load_blocks(
 ) -> Blocks:
     """Blocks of `seq_len` tokens from `data`, out of the file `cache` when it was made with the same settings.
 
-    Documents are shuffled by `seed`, each ends in EOS, and copies are left out. With `bos` every block begins with it. The first ones fill the held-out part,
+    Documents are shuffled by `seed`, each ends in EOS, and copies are left out. The first ones fill the held-out part,
     the next ones the calibration part; no more are tokenised than fill both. Short data is used up to `epochs` times.
+    With `bos` every block begins with it.
     `written` are the documents of `--data self` (self_written), which are asked for only as far as `epochs` requires.
     Raises InputError for too few tokens, and for a tokenizer with ids outside of the model's `vocab_size`.
     """

@@ -32,10 +32,11 @@ def self_written(
 ) -> Iterator[list[int]]:
     """Documents that the model writes, as token ids without EOS: endless, the reader stops when it has enough.
 
-    Each begins with BOS if the model wants it (`bos`) or the tokenizer adds one to texts; then a token drawn uniformly from the vocabulary makes
-    openings diverse, and the model samples the rest, to EOS or `length` tokens (LLM-QAT, arXiv 2305.17888). Batch i
-    follows from model, seed and i alone and is kept in the folder `parts`, so that an interrupted run goes on where it
-    was. `on_progress` is told of every lot of tokens. The global random state is not touched.
+    Each begins with BOS if the model wants it (`bos`) or the tokenizer adds one to texts; then a token drawn uniformly
+    from the vocabulary makes openings diverse, and the model samples the rest, to EOS or `length` tokens (LLM-QAT,
+    arXiv 2305.17888). Batch i follows from model, seed and i alone and is kept in the folder `parts`, so that an
+    interrupted run goes on where it was. `on_progress` is told of every lot of tokens. The global random state is not
+    touched.
     """
     opening = [i for i in tokenizer("")["input_ids"] if i == tokenizer.bos_token_id][:1] if bos is None else [bos]
     special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
