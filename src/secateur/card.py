@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from secateur.config import Config
+from secateur.config import ONE_SHOT, Config
 from secateur.plan import COSTLY, Rounding
 
 PAPER = "Deterministic Differentiable Structured Pruning for Large Language Models (arXiv 2603.08065)"
@@ -91,6 +91,9 @@ def arrival(results: Mapping[str, Any]) -> str:
     """How far the learned gates were from the budget before they were held to it, and what that cost."""
     before, after, opened, when = _last_step(results)
     allowed = results["rounding"]["allowed"]
+    if results.get("method") in ONE_SHOT:
+        kept = results["rounding"]["kept"]
+        return f"budget: {allowed:.2%} of the units' parameters may stay, {kept:.2%} do; held-out loss {after:.4f}"
     return (
         f"budget: {allowed:.2%} of the units' parameters may stay, {opened:.2%} were open as learned; holding the "
         f"gates to it {when} changed the held-out loss from {before:.4f} to {after:.4f} nats a token"
@@ -175,17 +178,24 @@ def model_card(
     lines = [
         "---", yaml.safe_dump(header, sort_keys=False).strip(), "---", "",
         f"# {name}, pruned by {config.sparsity:.0%}", "",
-        f"{rounding.kept:.2%} of the parameters in attention heads and MLP channels were kept, by gates learned with "
-        f"[Secateur](https://arxiv.org/abs/2603.08065) ({PAPER}); the gate values are folded into the weights. "
-        f"{widths}", "", "```python", "from transformers import AutoModelForCausalLM",
+        f"{rounding.kept:.2%} of the parameters in attention heads and MLP channels were kept, "
+        f"{_found(config.method)}. {widths}", "", "```python", "from transformers import AutoModelForCausalLM",
         f'model = AutoModelForCausalLM.from_pretrained("PATH"{code})', "```", "", "## How it was made", "",
         f"- base model: `{name}`; its weights were frozen, nothing was fine-tuned",
-        f"- calibration data: {public_name(config.data)}",
-        f"- tokens: {config.steps} steps × {config.batch_size} × {config.seq_len} = "
-        f"{config.steps * config.batch_size * config.seq_len:,}",
-        f"- recipe: `{recipe.name}`, one budget per {config.per}, distillation weight {recipe.kd_weight:g}, seed "
-        f"{config.seed}",
     ]  # fmt: skip
+    if config.method in ONE_SHOT:
+        lines += [f"- method: `{config.method}`, one budget per {config.per}, seed {config.seed}"]
+        if config.scored_rows:
+            lines.append(f"- calibration data: {public_name(config.data)}")
+            lines.append(f"- tokens: {config.scored_rows} × {config.seq_len} = {config.scored_rows * config.seq_len:,}")
+    else:
+        lines += [
+            f"- calibration data: {public_name(config.data)}",
+            f"- tokens: {config.steps} steps × {config.batch_size} × {config.seq_len} = "
+            f"{config.steps * config.batch_size * config.seq_len:,}",
+            f"- recipe: `{recipe.name}`, method `{config.method}`, one budget per {config.per}, distillation weight "
+            f"{recipe.kd_weight:g}, seed {config.seed}",
+        ]
     if results is not None:
         lines += [f"- {arrival(results)}"]
     lines.append("")
@@ -204,6 +214,16 @@ def model_card(
             )
         lines.append("")
     return "\n".join(lines)
+
+
+def _found(method: str) -> str:
+    """How the kept units were found, for the card's first sentence."""
+    tool = f"[Secateur](https://arxiv.org/abs/2603.08065) ({PAPER})"
+    if method in ONE_SHOT:
+        added = "; biases stand for the mean of what was removed" if method == "flap" else ""
+        return f"by scores measured once (`{method}`, a baseline of {tool}); no gates were learned{added}"
+    by = "" if method == "deterministic" else f", by its baseline `{method}`"
+    return f"by gates learned with {tool}{by}; the gate values are folded into the weights"
 
 
 def public_name(source: str) -> str:

@@ -238,6 +238,14 @@ class Config:
         if self.method == "sensitivity" and self.recipe == "paper":
             raise InputError("--recipe paper measures no sensitivity, so --method sensitivity contradicts it")
 
+    @property
+    def scored_rows(self) -> int:
+        """Calibration sequences on which units are scored or their sensitivity is measured; needs resolved settings."""
+        assert self.learning is not None
+        if self.method in ONE_SHOT and self.method != "sensitivity":
+            return 0 if self.method == "magnitude" else self.steps * self.batch_size
+        return self.learning.sensitivity_batches * self.batch_size
+
     def resolved(self) -> "Config":
         """The same settings with every default filled in, the recipe included."""
         recipe = self.learning or recipe_of(self.method, self.recipe, self.steps, self.binarise)

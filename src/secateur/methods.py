@@ -31,7 +31,7 @@ def find_gates(session: Session) -> Gates:
         "sparsity": c.sparsity,
         "per": c.per,
         "data": blocks.about,
-        "tokens": c.steps * c.batch_size * c.seq_len,
+        "tokens": (c.scored_rows if c.method in ONE_SHOT else c.steps * c.batch_size) * c.seq_len,
         "recipe": asdict(c.learning),
         "fixing": None,
     }
@@ -40,16 +40,16 @@ def find_gates(session: Session) -> Gates:
 
 
 def _score(session: Session, limits: Budget, about: dict[str, Any]) -> Gates:
-    c, loaded, ids_NT = session.config, session.loaded, session.blocks.calibration_NT
+    c, loaded = session.config, session.loaded
     groups, device = loaded.description.groups, next(loaded.model.parameters()).device
     assert c.learning is not None
     score_units = ONE_SHOT[c.method]
     if c.method == "sensitivity":
         score_units = partial(score_units, recipe=c.learning)
-        ids_NT = ids_NT[: c.learning.sensitivity_batches * c.batch_size]
+    ids_NT = session.blocks.calibration_NT[: c.scored_rows].to(device)
     session.run.metrics.unlink(missing_ok=True)  # of gates learned in this folder before
     loaded.model.eval().requires_grad_(False)
-    scores = score_units(loaded.model, groups, ids_NT.to(device), limits.to(device), session.progress.measured)
+    scores = score_units(loaded.model, groups, ids_NT, limits.to(device), session.progress.measured)
     score_N = scores.score_N.cpu()
     if not torch.isfinite(score_N).all():
         raise InputError(f"scores of --method {c.method} are NaN or infinite; score in --dtype float32")

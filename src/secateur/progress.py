@@ -65,13 +65,9 @@ class Screen(Listener):
 
     def measured(self, rows: int) -> None:
         """The units have been scored on so many rows, or the sensitivity of their gates has been measured."""
-        c = self.config
-        assert c.learning is not None
         if self.task is None:
-            whole = c.method in ONE_SHOT and c.method != "sensitivity"
-            wanted = (c.steps if whole else c.learning.sensitivity_batches) * c.batch_size
-            what = f"rows, {c.method}" if whole else "rows, sensitivity of each gate"
-            self.task = self.bars.add_task("measure", total=wanted, figures=what)
+            what = f"rows, {self.config.method if self.config.method in ONE_SHOT else 'sensitivity'} of each unit"
+            self.task = self.bars.add_task("measure", total=self.config.scored_rows, figures=what)
         self.bars.update(self.task, completed=rows)
         if rows == self.bars.tasks[-1].total:
             self._end()

@@ -1,0 +1,132 @@
+"""What the study runs: one `Cell` a row of its tables, in the order in which they tell most for the time they take.
+
+A cell is one call of `secateur prune` with everything decided but where the files are. The id of a cell is the name of
+its result file, so it must never change its meaning: what is to differ gets a variant of its own.
+"""
+
+from dataclasses import dataclass, fields, replace
+from itertools import product
+from typing import Any
+
+from secateur.config import ONE_SHOT, Config
+
+BATCH_SIZE, SEQ_LEN = 2, 256
+"""512 tokens a step: what two cores do in a few seconds."""
+
+HELD_OUT_TOKENS = 8192
+"""Of held-out text, on which losses are measured; the same documents for all cells of a seed."""
+
+STUDIED = "smollm2"
+"""The model that the whole study runs on; any other one repeats the main rows."""
+
+STEPS_25K, STEPS_100K, STEPS_400K = 50, 200, 800
+
+AFTERWARDS: dict[str, dict[str, Any]] = {
+    "refit": {"refit": True},
+    "lora": {"recover": "lora"},
+    "full": {"recover": "full"},
+    "refit+lora": {"refit": True, "recover": "lora"},
+}
+"""Variants that change the weights after pruning: their gates are those of the cell without a variant."""
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "": {},
+    "no-kd": {"kd_weight": 0.0},
+    "no-binarise": {"binarise": False},
+    "paper": {"recipe": "paper"},
+    **AFTERWARDS,
+}
+"""Name of a variant → the settings in which it differs from the defaults."""
+
+BASELINES = ("sensitivity", "flap", "wanda-sp", "taylor-vector", "taylor-element", "magnitude")
+RELAXATIONS = ("hard-concrete", "hard-concrete-deterministic", "hard-concrete-expanded", "grasprune")
+LEARNED = ("deterministic", *RELAXATIONS)
+assert set(BASELINES) == set(ONE_SHOT), "a one-shot method has no cell"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One pruning run, to be measured."""
+
+    model: str
+    """Short name of the model: the folder of its results."""
+    method: str
+    sparsity: float
+    steps: int = STEPS_25K
+    seed: int = 0
+    variant: str = ""
+    curve: bool = False
+    """Measure the held-out loss ten times along the run; costs time and changes nothing else."""
+
+    @property
+    def label(self) -> str:
+        """Method and variant, as the tables name them."""
+        return f"{self.method}+{self.variant}" if self.variant else self.method
+
+    @property
+    def tokens(self) -> int:
+        """Calibration tokens that learning may use; recovery comes on top."""
+        return self.steps * BATCH_SIZE * SEQ_LEN
+
+    @property
+    def recovery_tokens(self) -> int:
+        """Tokens that weights are trained on after pruning: as many again, the same ones."""
+        return self.tokens if "recover" in VARIANTS[self.variant] else 0
+
+    @property
+    def name(self) -> str:
+        """Id within the model."""
+        return f"{self.label}-s{self.sparsity:g}-t{self.tokens}-seed{self.seed}"
+
+    @property
+    def id(self) -> str:
+        """Id, and path of the result without its suffix."""
+        return f"{self.model}/{self.name}"
+
+    @property
+    def learns_as(self) -> "Cell":
+        """The cell with the same gates: itself, but for variants that only change weights afterwards."""
+        return replace(self, variant="") if self.variant in AFTERWARDS else self
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Fields of `Config` that the cell decides."""
+        measured = {"measure_every": max(1, self.steps // 10)} if self.curve else {}
+        own = {"method": self.method, "sparsity": self.sparsity, "steps": self.steps, "seed": self.seed}
+        sizes = {"batch_size": BATCH_SIZE, "seq_len": SEQ_LEN, "held_out_tokens": HELD_OUT_TOKENS}
+        recovery = {"recover_steps": self.steps} if self.recovery_tokens else {}
+        return own | sizes | measured | recovery | VARIANTS[self.variant]
+
+
+def cells_of(model: str) -> tuple[Cell, ...]:
+    """The cells of a model, first what tells most. A cell that is named twice runs once; one waits that needs a setting
+    which this version has not."""
+    cells = dict.fromkeys(_study(model) if model == STUDIED else _main_rows(model))
+    known = {field.name for field in fields(Config)}
+    return tuple(cell for cell in cells if cell.settings.keys() <= known)
+
+
+def _study(model: str) -> list[Cell]:
+    low_high = (0.2, 0.5)
+    cells = [Cell(model, m, s, curve=_curve(m, s)) for s, m in product(low_high, ("deterministic", *BASELINES))]
+    cells += [Cell(model, m, s, curve=_curve(m, s)) for s, m in product(low_high, RELAXATIONS)]
+    cells += [Cell(model, "deterministic", s, variant=v) for v, s in product(("no-kd", "no-binarise"), low_high)]
+    cells += [Cell(model, "deterministic", s, variant=v) for v, s in product(AFTERWARDS, low_high)]
+    cells += [Cell(model, "sensitivity", s, variant=v) for v, s in product(("refit", "lora"), low_high)]
+    matter = ("deterministic", "hard-concrete", "grasprune", "sensitivity")
+    cells += [Cell(model, m, s, STEPS_100K, curve=_curve(m, s)) for m, s in product(matter, low_high)]
+    cells += [Cell(model, "deterministic", 0.2, STEPS_100K, variant="paper")]
+    seeds = product(("deterministic", "hard-concrete", "sensitivity"), low_high, (1, 2))
+    cells += [Cell(model, m, s, seed=seed) for m, s, seed in seeds]
+    cells += [Cell(model, "deterministic", 0.35), Cell(model, "sensitivity", 0.35)]
+    cells += [Cell(model, "deterministic", 0.35, STEPS_100K)]
+    return cells + [Cell(model, "deterministic", s, STEPS_400K) for s in low_high]
+
+
+def _main_rows(model: str) -> list[Cell]:
+    methods = ("deterministic", "sensitivity", "flap", "wanda-sp", "hard-concrete", "grasprune")
+    return [Cell(model, m, s) for s, m in product((0.2, 0.5), methods)]
+
+
+def _curve(method: str, sparsity: float) -> bool:
+    return method in LEARNED and sparsity == 0.2

@@ -1,0 +1,58 @@
+"""What figures were measured with, as far as it bears on them: no names of hosts, users or folders."""
+
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+PACKAGES = ("secateur", "torch", "transformers", "lm_eval")
+ROOT = Path(__file__).parents[2]
+
+
+def machine() -> dict[str, str | int]:
+    """Processor, cores that may be used, threads that torch uses, and memory."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "cpu": _processor(),
+        "cores": os.cpu_count() or 1,
+        "threads": torch.get_num_threads(),
+        "ram_gb": round(memory / 1e9),
+        "system": platform.system(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, of the packages and of the source tree."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found | {"commit": COMMIT}
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def _commit() -> str:
+    """Short hash of the source tree, with a + if its code is not as committed."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "src") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+COMMIT = _commit()
+"""Of the code that this process runs: taken at its start, as the tree may move on meanwhile."""
