@@ -59,6 +59,20 @@ def test_the_card_says_what_was_done_and_shows_no_path(tmp_path: Any) -> None:
     assert "base_model: owner/name" in hub and "trust_remote_code" not in hub
 
 
+def test_the_card_of_a_baseline_names_it_and_claims_no_learning_where_there_was_none() -> None:
+    cards = {}
+    for method in ("deterministic", "hard-concrete", "flap", "magnitude"):
+        config = Config(
+            "owner/name", 0.2, data="owner/texts", steps=10, batch_size=2, seq_len=8, method=method
+        ).resolved()  # type: ignore[arg-type]
+        cards[method] = model_card(config, "ragged", ROUNDING, results(method=method), None)
+        assert f"`{method}`" in cards[method]
+        assert ("gates learned" in cards[method]) == (method in ("deterministic", "hard-concrete"))
+        assert ("as learned" in cards[method]) == (method in ("deterministic", "hard-concrete"))
+    assert "baseline" not in cards["deterministic"] and "biases stand for" in cards["flap"]
+    assert "20 × 8 = 160" in cards["flap"] and "texts" in cards["flap"] and "texts" not in cards["magnitude"]
+
+
 def test_hub_ids_keep_their_owner() -> None:
     assert public_name("owner/name") == "owner/name"
     assert public_name("/data/models/llama") == "llama"

@@ -1,5 +1,6 @@
 """Settings: what is written is read, what is wrong is named, and a recipe follows from the settings it depends on."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,41 @@ def test_the_paper_recipe_is_the_released_one():
     assert (learning.mu_start, learning.mu_end, learning.warmup_steps) == (0.5, 0.1, 100)
 
 
+@pytest.mark.parametrize(
+    ("settings", "per"),
+    [({"method": "magnitude"}, "layer"), ({"method": "wanda-sp"}, "layer"), ({"method": "taylor-vector"}, "layer"),
+     ({"method": "flap"}, "model"), ({"method": "sensitivity"}, "model"),
+     ({"method": "flap", "recipe": "paper"}, "model"), ({"method": "grasprune", "recipe": "paper"}, "model"), ({"method": "hard-concrete"}, "model"),
+     ({"method": "hard-concrete", "recipe": "paper"}, "kind"), ({"method": "magnitude", "per": "model"}, "model")],
+)  # fmt: skip
+def test_the_scope_of_the_budget_is_that_of_the_methods_paper(settings, per):
+    assert config(**settings).resolved().per == per
+
+
+@pytest.mark.parametrize(
+    ("settings", "options"),
+    [({"method": "flap", "shape": "uniform"}, ("--method flap", "--shape uniform")),
+     ({"method": "flap", "lr": 0.1}, ("--method flap", "--lr")),
+     ({"method": "magnitude", "kd_weight": 3.0}, ("--method magnitude", "--kd-weight")),
+     ({"method": "wanda-sp", "kd_temperature": 2.0}, ("--method wanda-sp", "--kd-temperature")),
+     ({"method": "taylor-element", "measure_every": 5}, ("--method taylor-element", "--measure-every")),
+     ({"method": "sensitivity", "recipe": "paper"}, ("--method sensitivity", "--recipe paper")),
+     ({"method": "flap", "binarise": False}, ("--method flap", "--no-binarise"))],
+)  # fmt: skip
+def test_options_that_contradict_a_method_are_refused_with_both_names(settings, options):
+    message = complaint(lambda: config(**settings))
+    assert all(option in message for option in options)
+
+
+@pytest.mark.parametrize(
+    ("method", "rows"), [("deterministic", 60), ("sensitivity", 60), ("magnitude", 0), ("flap", 400), ("wanda-sp", 400)]
+)
+def test_the_rows_that_are_scored_are_all_that_a_method_sees(method, rows):
+    resolved = config(method=method, steps=200, batch_size=2).resolved()
+    resolved.learning = replace(resolved.learning, sensitivity_batches=30)
+    assert resolved.scored_rows == rows
+
+
 # --- options over a file ---------------------------------------------------------------------------------------------
 
 
@@ -136,7 +172,8 @@ def test_a_config_file_alone_repeats_the_recipe_it_holds(file):
 @pytest.mark.parametrize(
     ("options", "settings"),
     [(("--steps", "60"), {"steps": 60}), (("--recipe", "paper"), {"recipe": "paper"}), (("--lr", "0.5"), {"lr": 0.5}),
-     (("--kd-weight", "3"), {"kd_weight": 3.0}), (("--kd-temperature", "2"), {"kd_temperature": 2.0})],
+     (("--kd-weight", "3"), {"kd_weight": 3.0}), (("--kd-temperature", "2"), {"kd_temperature": 2.0}),
+     (("--no-binarise",), {"binarise": False}), (("--method", "grasprune"), {"method": "grasprune"})],
 )  # fmt: skip
 def test_an_option_that_the_recipe_depends_on_resolves_it_anew(file, options, settings):
     save_config(config(steps=300).resolved(), file)

@@ -235,6 +235,8 @@ class Config:
             if getattr(self, name):
                 option = f"--{name.replace('_', '-')}"
                 raise InputError(f"{option} is a setting of learning, and --method {self.method} learns nothing")
+        if not self.binarise:
+            raise InputError(f"--no-binarise is a setting of learning, and --method {self.method} learns nothing")
         if self.method == "sensitivity" and self.recipe == "paper":
             raise InputError("--recipe paper measures no sensitivity, so --method sensitivity contradicts it")
 
