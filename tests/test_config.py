@@ -124,7 +124,8 @@ def test_the_paper_recipe_is_the_released_one():
     ("settings", "per"),
     [({"method": "magnitude"}, "layer"), ({"method": "wanda-sp"}, "layer"), ({"method": "taylor-vector"}, "layer"),
      ({"method": "flap"}, "model"), ({"method": "sensitivity"}, "model"),
-     ({"method": "flap", "recipe": "paper"}, "model"), ({"method": "grasprune", "recipe": "paper"}, "model"), ({"method": "hard-concrete"}, "model"),
+     ({"method": "flap", "recipe": "paper"}, "model"), ({"method": "grasprune", "recipe": "paper"}, "model"),
+     ({"method": "hard-concrete"}, "model"),
      ({"method": "hard-concrete", "recipe": "paper"}, "kind"), ({"method": "magnitude", "per": "model"}, "model")],
 )  # fmt: skip
 def test_the_scope_of_the_budget_is_that_of_the_methods_paper(settings, per):
