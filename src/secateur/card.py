@@ -1,6 +1,6 @@
 """What a person reads of a run: the table of figures, dense against pruned, and the model card of the export."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -160,8 +160,12 @@ def model_card(
     rounding: Rounding,
     results: Mapping[str, Any] | None,
     verified: Mapping[str, Any] | None,
+    updates: Sequence[str] = (),
 ) -> str:
-    """README.md of the exported checkpoint: what was done, with which data, and the figures as far as known."""
+    """README.md of the exported checkpoint: what was done, with which data, and the figures as far as known.
+
+    `updates` is what was done to its weights after pruning (updates.py).
+    """
     ragged = shape == "ragged"
     recipe = config.learning
     assert recipe is not None
@@ -181,7 +185,7 @@ def model_card(
         f"{rounding.kept:.2%} of the parameters in attention heads and MLP channels were kept, "
         f"{_found(config.method)}. {widths}", "", "```python", "from transformers import AutoModelForCausalLM",
         f'model = AutoModelForCausalLM.from_pretrained("PATH"{code})', "```", "", "## How it was made", "",
-        f"- base model: `{name}`; its weights were frozen, nothing was fine-tuned",
+        f"- base model: `{name}`; {_weights(config, updates)}",
     ]  # fmt: skip
     if config.method in ONE_SHOT:
         lines += [f"- method: `{config.method}`, one budget per {config.per}, seed {config.seed}"]
@@ -210,10 +214,26 @@ def model_card(
         for c in verified["comparisons"]:
             lines.append(
                 f"Verified on {c['tokens']:,} tokens: in {c['dtype']} the logits of the gated and the exported model "
-                f"differ by at most {c['max_difference']:.1e}."
+                f"differ by at most {c['max_difference']:.1e}{' (before the weights were trained)' if updates else ''}."
             )
         lines.append("")
     return "\n".join(lines)
+
+
+def _weights(config: Config, updates: Sequence[str]) -> str:
+    """What became of the weights that were kept."""
+    if not updates:
+        return "its weights were frozen, nothing was fine-tuned"
+    done = {
+        "refit": "the output projections were solved anew, in closed form, for the dense model's outputs",
+        "recover-lora": "low-rank updates were trained with the dense model as teacher, and merged",
+        "recover-full": "the weights of the layers were trained with the dense model as teacher",
+    }
+    steps = config.recover_steps or config.steps
+    spent = f" ({steps} steps on the calibration tokens)" if any(u.startswith("recover") for u in updates) else ""
+    return (
+        f"its weights were frozen while units were chosen; afterwards {', then '.join(done[u] for u in updates)}{spent}"
+    )
 
 
 def _found(method: str) -> str:

@@ -90,6 +90,25 @@ class Verify:
 
 
 @dataclass
+class Recover:
+    """Train the weights of the export with the dense model as teacher: RUN/model, recover.jsonl.
+
+    Example: secateur recover RUN --recover lora --recover-steps 200
+    """
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    recover: Literal["lora", "full"] | None = None
+    """Low-rank updates, merged, or all weights of the layers (default: the run's)."""
+    recover_steps: int | None = None
+    """Steps, on the run's calibration tokens (default: the run's, else as many as gates were learned in)."""
+    recover_lr: float | None = None
+    """Peak step size (default: the run's, else 1e-3 for `lora`, 1e-4 for `full`)."""
+    recover_rank: int | None = None
+    """Rank of the updates that `lora` learns (default: the run's)."""
+
+
+@dataclass
 class Eval:
     """Measure perplexity, sizes and zero-shot tasks, dense against pruned: eval.json.
 
@@ -181,11 +200,16 @@ def verify(options: Verify) -> None:
         console.print(f"{c.dtype}: logits differ by at most {c.max_difference:.2g} on {c.tokens:,} tokens: passed")
 
 
+def recover(options: Recover) -> None:
+    """`secateur recover`."""
+    run = _open_with(options)
+    updates = _staged(run, "recover_stage")
+    console.print(f"wrote {run.model} ({', '.join(updates)})", markup=False, soft_wrap=True)
+
+
 def evaluate(options: Eval) -> None:
     """`secateur eval`."""
-    run = _open(options.run)
-    own = {name: value for name, value in vars(options).items() if name != "run" and value not in (None, ())}
-    run = replace(run, config=replace(run.config, **own))
+    run = _open_with(options)
     _print_results(run, _staged(run, "eval_stage"))
 
 
@@ -196,6 +220,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "plan": (Plan, plan),
     "export": (Export, export),
     "verify": (Verify, verify),
+    "recover": (Recover, recover),
     "eval": (Eval, evaluate),
 }
 
@@ -207,6 +232,13 @@ def _open(folder: Path) -> "Run":
     from secateur.run import open_run
 
     return open_run(folder)
+
+
+def _open_with(options: Any) -> "Run":
+    """The run, its settings overridden by what the options of a stage say."""
+    run = _open(options.run)
+    own = {name: value for name, value in vars(options).items() if name != "run" and value not in (None, ())}
+    return replace(run, config=replace(run.config, **own))
 
 
 def _staged(run: "Run", stage: str, **options: Any) -> Any:

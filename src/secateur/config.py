@@ -157,6 +157,15 @@ class Config:
     recipe of gates held by multipliers, else `model`."""
     shape: Literal["ragged", "uniform"] = "ragged"
     """Widths of the export: `ragged` lets every layer have its own, `uniform` gives a stock configuration, no code."""
+    recover: Literal["lora", "full"] | None = None
+    """Train the weights that are left, after pruning, with the dense model as teacher: low-rank updates of all linear
+    maps, merged into them (`lora`), or all weights of the layers (`full`)."""
+    recover_steps: int | None = None
+    """Steps of recovery, on the calibration tokens once more (default: as many as `steps`)."""
+    recover_lr: float | None = None
+    """Peak step size of recovery (default: 1e-3 for `lora`, 1e-4 for `full`)."""
+    recover_rank: int = 16
+    """Rank of the updates that `lora` learns."""
     text_column: str = "text"
     """Column of JSONL, Parquet or hub data that holds the text."""
     bos: Literal["auto", "always", "never"] = "auto"
@@ -183,6 +192,10 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """dtype of the frozen weights while learning; `auto`: the checkpoint's on an accelerator, float32 on CPU. Gates are
     float32 always; the export keeps the checkpoint's dtype."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of the passes that gates or weights are learned by: `bfloat16` by autocast, or that of the weights'
+    own dtype (`float32`). `auto` is bfloat16 where the processor multiplies in it. What is planned, verified and
+    evaluated is always measured in the weights' own dtype."""
     max_shard_size: str = "5GB"
     """Largest safetensors file of the export."""
     checkpoint_every: int = 50
@@ -223,6 +236,15 @@ class Config:
             raise InputError(f"--shape uniform needs equal widths, so --per {self.per} contradicts it; use --per layer")
         if self.shape == "uniform" and self.method == "flap":
             raise InputError("--method flap adds biases, which --shape uniform has no place for; use --shape ragged")
+        if self.recover_steps is not None and not 1 <= self.recover_steps <= self.steps:
+            raise InputError(
+                f"--recover-steps must lie between 1 and --steps {self.steps}, whose tokens it uses once more, not "
+                f"{self.recover_steps}"
+            )
+        if self.recover_lr is not None and self.recover_lr <= 0:
+            raise InputError(f"--recover-lr must be above 0, not {self.recover_lr}")
+        if self.recover_rank < 1:
+            raise InputError(f"--recover-rank must be at least 1, not {self.recover_rank}")
         if self.measure_every < 0:
             raise InputError(f"--measure-every must be at least 0, not {self.measure_every}")
         self._check_learns_nothing()

@@ -3,8 +3,6 @@
 Serves `secateur learn RUN`.
 """
 
-import json
-from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -16,7 +14,7 @@ from secateur.files import InputError
 from secateur.gates import Gates, save_gates
 from secateur.importance import ONE_SHOT
 from secateur.learn import LearningDiverged, learn
-from secateur.optimise import Step
+from secateur.run import recorded
 from secateur.session import Session
 
 
@@ -36,7 +34,8 @@ def find_gates(session: Session) -> Gates:
         "fixing": None,
     }
     limits = make_budget(description.groups, description.shapes, c.sparsity, c.per)
-    return (_score if c.method in ONE_SHOT else _learn)(session, limits, about)
+    with session.autocast():
+        return (_score if c.method in ONE_SHOT else _learn)(session, limits, about)
 
 
 def _score(session: Session, limits: Budget, about: dict[str, Any]) -> Gates:
@@ -62,7 +61,7 @@ def _learn(session: Session, limits: Budget, about: dict[str, Any]) -> Gates:
     run, c, loaded, blocks = session.run, session.config, session.loaded, session.blocks
     groups = loaded.description.groups
     assert c.learning is not None
-    with run.metrics.open("a", encoding="utf-8") as metrics:
+    with recorded(run.metrics, run.checkpoint.exists(), session.progress.step) as on_step:
         try:
             learned = learn(
                 loaded.model,
@@ -78,7 +77,7 @@ def _learn(session: Session, limits: Budget, about: dict[str, Any]) -> Gates:
                 measure_every=c.measure_every,
                 checkpoint=run.checkpoint,
                 checkpoint_every=c.checkpoint_every,
-                on_step=_recorder(session, metrics),
+                on_step=on_step,
                 on_measured=session.progress.measured,
             )
         except LearningDiverged as error:
@@ -93,22 +92,3 @@ def _gates(z_N: torch.Tensor, value_N: torch.Tensor, groups: Any, about: dict[st
     """On the CPU, with values only where they are not ReLU(z)."""
     z_N, value_N = z_N.cpu(), value_N.cpu()
     return Gates(z_N, groups, about, None if torch.equal(value_N, z_N.relu()) else value_N)
-
-
-def _recorder(session: Session, metrics: Any) -> Callable[[Step], None]:
-    """Writes a line a step to metrics.jsonl, after those of the steps that the checkpoint has."""
-    run = session.run
-    lines = run.metrics.read_text().splitlines() if run.checkpoint.exists() else []
-    fresh = True
-
-    def on_step(step: Step) -> None:
-        nonlocal fresh
-        if fresh:  # not before: what another interruption leaves must still have its lines
-            metrics.truncate(0)
-            metrics.writelines(line + "\n" for line in lines[: step.step - 1])
-            fresh = False
-        metrics.write(json.dumps({name: value for name, value in asdict(step).items() if value is not None}) + "\n")
-        metrics.flush()
-        session.progress.step(step)
-
-    return on_step

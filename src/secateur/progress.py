@@ -7,6 +7,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from secateur.config import ONE_SHOT, Config
 from secateur.optimise import Step
+from secateur.recover import RecoveryStep
 from secateur.session import Progress as Listener
 
 TITLES = {
@@ -16,6 +17,8 @@ TITLES = {
     "plan": "rounding to the budget",
     "export": "writing the pruned model",
     "verify": "comparing gated and exported logits",
+    "refit": "refitting output projections",
+    "recover": "training what is left",
     "eval": "measuring perplexity",
     "tasks": "reading zero-shot tasks",
     "score": "answering zero-shot tasks, dense and pruned",
@@ -51,17 +54,22 @@ class Screen(Listener):
 
     def step(self, step: Step) -> None:
         """A learning step is done."""
+        removed = f"removed {1 - step.kept:.1%} (score {1 - step.score:.1%}, target {1 - step.target:.1%})"
+        self._train("learn", step, self.config.steps, removed)
+
+    def recovered(self, step: RecoveryStep) -> None:
+        """A step of recovery is done."""
+        self._train("recover", step, self.config.recover_steps or self.config.steps, "")
+
+    def _train(self, name: str, step: Step | RecoveryStep, steps: int, more: str) -> None:
         if self.task is None:
-            self.task = self.bars.add_task("learn", total=self.config.steps, figures="")
+            self.task = self.bars.add_task(name, total=steps, figures="")
         tokens = self.config.batch_size * self.config.seq_len
         speed = self.bars.tasks[-1].speed
-        figures = (
-            f"loss {step.ce:.3f} kl {step.kl:.3f}  removed {1 - step.kept:.1%} (score {1 - step.score:.1%}, "
-            f"target {1 - step.target:.1%})" + (f"  {speed * tokens:,.0f} tok/s" if speed else "")
-        )
+        figures = f"loss {step.ce:.3f} kl {step.kl:.3f}  {more}" + (f"  {speed * tokens:,.0f} tok/s" if speed else "")
         self.bars.update(self.task, completed=step.step, figures=figures)
-        if not self.console.is_terminal and (step.step % 10 == 0 or step.step == self.config.steps):
-            self.console.print(f"  step {step.step}/{self.config.steps}  {figures}")
+        if not self.console.is_terminal and (step.step % 10 == 0 or step.step == steps):
+            self.console.print(f"  step {step.step}/{steps}  {figures}")
 
     def measured(self, rows: int) -> None:
         """The units have been scored on so many rows, or the sensitivity of their gates has been measured."""

@@ -1,11 +1,16 @@
 """The folder of a run: one file a stage, so that each stage can be rerun alone and an interrupted run goes on.
 
-describe → learn (gates.safetensors) → plan (plan.json) → export (model/) → verify (verify.json) → eval (eval.json)
+describe → learn (gates.safetensors) → plan (plan.json) → export (model/) → verify (verify.json)
+  → refit, recover (model/ with other weights; where asked for) → eval (eval.json)
 """
 
 import itertools
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from secateur.config import Config, load_config, save_config
 from secateur.files import InputError
@@ -57,6 +62,16 @@ class Run:
         return self.folder / "model-failed-verification"
 
     @property
+    def recovery(self) -> Path:
+        """State of an unfinished recovery; gone when it is done."""
+        return self.folder / "recovery.safetensors"
+
+    @property
+    def recover_metrics(self) -> Path:
+        """A line a step of recovery."""
+        return self.folder / "recover.jsonl"
+
+    @property
     def verify(self) -> Path:
         """Gated against exported logits."""
         return self.folder / "verify.json"
@@ -89,6 +104,29 @@ def open_run(folder: Path) -> Run:
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; give the --out folder of `secateur prune`")
     return Run(folder, load_config(folder / "config.yaml").resolved())
+
+
+@contextmanager
+def recorded(path: Path, goes_on: bool, hear: Callable[[Any], None]) -> Iterator[Callable[[Any], None]]:
+    """What takes in the steps of a training run, as dataclasses with a `step`: a line a step to `path`, then to `hear`.
+
+    Where the run `goes_on` after an interruption, the lines of the steps before it stay, and no others.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines() if goes_on and path.exists() else []
+    fresh = True
+    with path.open("a", encoding="utf-8") as metrics:
+
+        def on_step(step: Any) -> None:
+            nonlocal fresh
+            if fresh:  # not before: what another interruption leaves must still have its lines
+                metrics.truncate(0)
+                metrics.writelines(line + "\n" for line in lines[: step.step - 1])
+                fresh = False
+            metrics.write(json.dumps({k: v for k, v in asdict(step).items() if v is not None}) + "\n")
+            metrics.flush()
+            hear(step)
+
+        yield on_step
 
 
 def _free_folder(config: Config) -> Path:

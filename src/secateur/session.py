@@ -16,8 +16,9 @@ from secateur.data import SELF, Blocks, load_blocks
 from secateur.evaluate import mean_loss
 from secateur.files import InputError, read_json, write_json
 from secateur.gates import architecture_fingerprint
-from secateur.load import Loaded, load
+from secateur.load import Loaded, autocast, load
 from secateur.optimise import Step
+from secateur.recover import RecoveryStep
 from secateur.run import Run
 from secateur.selftext import self_written
 from secateur.text import local_files
@@ -35,6 +36,9 @@ class Progress:
     def step(self, step: Step) -> None:
         """A learning step is done."""
 
+    def recovered(self, step: RecoveryStep) -> None:
+        """A step of recovery is done."""
+
     def measured(self, rows: int) -> None:
         """The sensitivity of the gates has been measured on so many rows."""
 
@@ -51,6 +55,10 @@ class Session:
 
     run: Run
     progress: Progress = field(default_factory=Progress)
+
+    def autocast(self) -> torch.autocast:
+        """The context that passes of learning run in (`--precision`)."""
+        return autocast(next(self.loaded.model.parameters()).device, self.config.precision)
 
     @property
     def config(self) -> Config:

@@ -4,6 +4,7 @@
 """
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from math import prod
@@ -24,10 +25,12 @@ from secateur.gates import Gates, load_gates, save_gates
 from secateur.methods import find_gates
 from secateur.overlap import overlap
 from secateur.plan import Plan, Rounding, load_plan, make_plan, save_plan
-from secateur.run import new_run, open_run
+from secateur.recover import LR, Recovery, recover
+from secateur.run import new_run, open_run, recorded
 from secateur.session import Session
 from secateur.slicing import added_biases, pruned_shapes
 from secateur.text import evaluation_text
+from secateur.updates import rewrite_weights, updates_of
 from secateur.verify import Comparison, compare, folded, logits_of, with_weights_in
 
 VERIFIED_ROWS = 4
@@ -108,6 +111,11 @@ def load_export(session: Session, dtype: torch.dtype) -> PreTrainedModel:
 def verify_stage(session: Session) -> list[Comparison]:
     """Compares gated and exported logits: RUN/verify.json. Raises VerificationFailed after setting the export aside."""
     run, loaded = session.run, session.loaded
+    if updates := updates_of(run.model):
+        raise InputError(
+            f"{run.model} has other weights than the gated model ({', '.join(updates)}), so they cannot be compared; "
+            f"it was verified before. To verify anew, run `secateur export {run.folder}` first"
+        )
     plan, _ = _planned(session)
     groups, model, own = loaded.description.groups, loaded.model, loaded.checkpoint_dtype
     gates = {name: gate.to(next(model.parameters()).device) for name, gate in plan.gates(groups).items()}
@@ -152,6 +160,54 @@ def verify_stage(session: Session) -> list[Comparison]:
     return comparisons
 
 
+def recover_stage(session: Session) -> list[str]:
+    """Trains the exported weights with the dense model as teacher and writes them in their place: RUN/model,
+    recover.jsonl. Returns what has been done to the export's weights by now."""
+    run, c, loaded = session.run, session.config, session.loaded
+    if c.recover is None:
+        raise InputError(f"what to train? Say `secateur recover {run.folder} --recover lora` or `full`")
+    assert c.learning is not None
+    steps = c.recover_steps or c.steps
+    settings = Recovery(
+        c.recover, steps, c.batch_size, c.recover_lr or LR[c.recover], c.recover_rank, c.learning.kd_weight,
+        c.learning.kd_temperature, c.seed,
+    )  # fmt: skip
+    own = torch.float32 if c.recover == "full" else next(loaded.model.parameters()).dtype
+    student, rows_NT = load_export(session, own), session.blocks.calibration_NT[: steps * c.batch_size]
+    goes_on = run.recovery.exists()
+    with (
+        session.timed("recover"),
+        session.autocast(),
+        recorded(run.recover_metrics, goes_on, session.progress.recovered) as on_step,
+    ):
+        tensors = recover(
+            student,
+            loaded.model,
+            loaded.description.layers,
+            rows_NT,
+            settings,
+            checkpoint=run.recovery,
+            checkpoint_every=c.checkpoint_every,
+            on_step=on_step,
+        )
+        _update(session, tensors, f"recover-{c.recover}")
+    run.recovery.unlink(missing_ok=True)
+    return updates_of(run.model)
+
+
+def _update(session: Session, tensors: Mapping[str, torch.Tensor], update: str) -> None:
+    """Puts other weights into the export, and says so in its card; figures of the earlier weights go."""
+    run, (plan, rounding) = session.run, _planned(session)
+    updates = [*updates_of(run.model), update]
+    rewrite_weights(
+        run.model,
+        tensors,
+        update,
+        {"README.md": model_card(session.config, plan.shape, rounding, None, None, updates)},
+    )
+    run.eval.unlink(missing_ok=True)
+
+
 def eval_stage(session: Session) -> dict[str, Any]:
     """Perplexity and exact sizes, dense against pruned: RUN/eval.json, and the figures into the model card."""
     tasks = session.tasks  # before the model is loaded: a name may be wrong
@@ -173,6 +229,7 @@ def eval_stage(session: Session) -> dict[str, Any]:
     gates = load_gates(run.gates, description.groups, session.architecture)
     results: dict[str, Any] = {"method": c.method, "text": text, "dense": dense, "pruned": pruned}
     results["rounding"] = asdict(rounding)
+    results["updates"] = updates_of(run.model)
     results["fixing"] = gates.about.get("fixing")
     results["join"] = join
     if tasks is not None:
@@ -185,7 +242,7 @@ def eval_stage(session: Session) -> dict[str, Any]:
     results["seconds"] = read_json(run.timings, "secateur prune")
     write_json(run.eval, results)
     verified = read_json(run.verify, f"secateur verify {run.folder}") if run.verify.exists() else None
-    write_text(run.model / "README.md", model_card(c, plan.shape, rounding, results, verified))
+    write_text(run.model / "README.md", model_card(c, plan.shape, rounding, results, verified, results["updates"]))
     return results
 
 
@@ -223,6 +280,8 @@ def remaining_stages(session: Session) -> dict[str, Any]:
         export_stage(session)
     if not (run.verify.exists() and read_json(run.verify, f"secateur verify {run.folder}")["passed"]):
         verify_stage(session)
+    if run.config.recover and f"recover-{run.config.recover}" not in updates_of(run.model):
+        recover_stage(session)
     if run.eval.exists():
         return dict(read_json(run.eval, f"secateur eval {run.folder}"))
     return eval_stage(session)

@@ -1,0 +1,188 @@
+"""Recovery: the weights that are left learn on, with the dense model as their teacher. Serves `--recover lora|full`.
+
+The paper learns gates only and leaves weights to future work. The loss is that of the gates (method.md section 3):
+L_ce + η KL(teacher ‖ student), on the run's calibration tokens once more. `lora` trains low-rank updates of every
+linear map in the layers (Hu et al. 2021, arXiv 2106.09685), by PEFT, and merges them: the checkpoint keeps its format.
+`full` trains all weights of the layers. Embeddings, output head and final norm stay as they are.
+
+Shape suffixes: N rows, B batch, T positions, V vocabulary.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from secateur.files import InputError, replacing
+from secateur.objective import distillation_loss
+
+LR = {"lora": 1e-3, "full": 1e-4}
+"""Peak step sizes of AdamW (docs/study.md)."""
+WARMUP = 0.05
+"""Share of the steps over which the step size rises linearly; a cosine to zero follows."""
+LARGEST_GRADIENT = 1.0
+"""Norm that gradients of the loss, divided by 1 + η, are clipped to."""
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What `recover` is told."""
+
+    kind: str
+    """`lora` or `full`."""
+    steps: int
+    batch_size: int
+    lr: float
+    rank: int
+    """Rank of the low-rank updates."""
+    kd_weight: float
+    """η."""
+    kd_temperature: float
+    """τ."""
+    seed: int
+    """Of the updates' random half at the start."""
+
+
+@dataclass(frozen=True)
+class RecoveryStep:
+    """One line of recover.jsonl; losses in nats a token."""
+
+    step: int
+    loss: float
+    ce: float
+    kl: float
+    lr: float
+
+
+def recover(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    layers: str,
+    calibration_NT: Tensor,
+    settings: Recovery,
+    *,
+    checkpoint: Path | None = None,
+    checkpoint_every: int = 50,
+    on_step: Callable[[RecoveryStep], None] = lambda _: None,
+) -> dict[str, Tensor]:
+    """Trains `student`, the exported model, whose decoder layers are at `layers`; its new weights by parameter name.
+
+    calibration_NT: steps × batch_size rows of token ids, used in their order. The student is used up. With
+    `checkpoint`, the state is saved there every `checkpoint_every` steps and when interrupted; a run that finds it goes
+    on from it to bit-identical weights. Raises InputError when the loss is not finite, or when PEFT is missing.
+    """
+    teacher.eval().requires_grad_(False)
+    device = next(student.parameters()).device
+    batches = calibration_NT.split(settings.batch_size)[: settings.steps]
+    assert len(batches) == settings.steps, f"{settings.steps} steps need {settings.steps} batches, got {len(batches)}"
+    with _trainable(student.eval().requires_grad_(False), layers, settings) as (model, weights, finished):
+        adam = torch.optim.AdamW(list(weights.values()), lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0)
+        about = f"{settings} seq_len={calibration_NT.shape[1]}"
+        done = 0
+        if checkpoint is not None and checkpoint.exists():
+            done = _restore(checkpoint, weights, adam, about)
+        try:
+            while done < settings.steps:
+                ids_BT = batches[done].to(device)
+                with torch.no_grad():
+                    teacher_BTV = teacher(ids_BT, use_cache=False).logits
+                student_BTV = model(ids_BT, use_cache=False).logits
+                loss, ce, kl = distillation_loss(
+                    student_BTV, teacher_BTV, ids_BT, settings.kd_weight, settings.kd_temperature
+                )
+                (loss / (1.0 + settings.kd_weight)).backward()
+                norm = nn.utils.clip_grad_norm_(weights.values(), LARGEST_GRADIENT)
+                if not (torch.isfinite(loss) and torch.isfinite(norm)):
+                    raise InputError(
+                        f"the loss of recovery became NaN or infinite at step {done + 1}; the export is as it was. "
+                        "Lower --recover-lr or use --precision float32"
+                    )
+                adam.param_groups[0]["lr"] = rate = settings.lr * _schedule(done, settings.steps)
+                adam.step()
+                adam.zero_grad(set_to_none=True)
+                done += 1
+                on_step(RecoveryStep(done, loss.item(), ce.item(), kl.item(), rate))
+                if checkpoint is not None and done % checkpoint_every == 0:
+                    _save(checkpoint, weights, adam, done, about)
+        except KeyboardInterrupt:
+            if checkpoint is not None and _whole(adam, done):
+                _save(checkpoint, weights, adam, done, about)
+            raise
+        return finished()
+
+
+def _schedule(done: int, steps: int) -> float:
+    warm = min(1.0, (done + 1) / max(1, int(WARMUP * steps)))
+    return warm * 0.5 * (1.0 + math.cos(math.pi * done / steps))
+
+
+@contextmanager
+def _trainable(
+    student: PreTrainedModel, layers: str, settings: Recovery
+) -> Iterator[tuple[nn.Module, dict[str, nn.Parameter], Callable[[], dict[str, Tensor]]]]:
+    """The model to train, its trainable parameters, and what gives the finished weights by their names in `student`."""
+    inside = f"{layers}."
+    if settings.kind == "full":
+        weights = {name: p for name, p in student.named_parameters() if name.startswith(inside)}
+        for parameter in weights.values():
+            parameter.requires_grad_()
+        yield student, weights, lambda: {name: p.detach() for name, p in weights.items()}
+        return
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ModuleNotFoundError:
+        raise InputError(
+            "--recover lora needs PEFT, which is not installed; run: pip install 'secateur[recover]'"
+        ) from None
+    targets = [n for n, m in student.named_modules() if isinstance(m, nn.Linear) and n.startswith(inside)]
+    config = LoraConfig(r=settings.rank, lora_alpha=settings.rank, lora_dropout=0.0, target_modules=targets)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        adapted = get_peft_model(student, config).eval()
+
+    def merged() -> dict[str, Tensor]:
+        plain = adapted.merge_and_unload()
+        return {f"{name}.weight": plain.get_submodule(name).weight.detach() for name in targets}
+
+    yield adapted, {name: p for name, p in adapted.named_parameters() if p.requires_grad}, merged
+
+
+# --- over an interruption --------------------------------------------------------------------------------------------
+
+
+def _whole(adam: torch.optim.AdamW, done: int) -> bool:
+    """Whether every parameter has had as many updates as there are steps done: an interrupt can fall into a step."""
+    return {int(state["step"]) for state in adam.state.values()} == {done}
+
+
+def _save(checkpoint: Path, weights: dict[str, nn.Parameter], adam: torch.optim.AdamW, done: int, about: str) -> None:
+    tensors = {"done": torch.tensor(done)}
+    for name, parameter in weights.items():
+        tensors[f"weight.{name}"] = parameter.detach()
+        tensors |= {f"{key}.{name}": value for key, value in adam.state[parameter].items()}
+    with replacing(checkpoint) as temporary:
+        save_file(
+            {k: t.cpu().contiguous() for k, t in tensors.items()}, temporary, metadata={"secateur": json.dumps(about)}
+        )
+
+
+def _restore(checkpoint: Path, weights: dict[str, nn.Parameter], adam: torch.optim.AdamW, about: str) -> int:
+    with safe_open(checkpoint, framework="pt") as file:
+        if json.loads(file.metadata()["secateur"]) != about:
+            raise InputError(f"{checkpoint} belongs to other settings than these; delete it to start recovery over")
+    tensors = load_file(checkpoint)
+    state = {}
+    for index, (name, parameter) in enumerate(weights.items()):
+        parameter.data.copy_(tensors[f"weight.{name}"])
+        keys = (key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in tensors)
+        state[index] = {key: tensors[f"{key}.{name}"] for key in keys}
+    adam.load_state_dict({"state": state, "param_groups": adam.state_dict()["param_groups"]})
+    return int(tensors["done"])

@@ -1,0 +1,221 @@
+"""Recovery: the weights that are left learn from the dense model, resume bit for bit, and land in the export."""
+
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from runs import complaint, described, prune_arguments, random_tokens, secateur, small_llama
+from secateur.evaluate import mean_loss
+from secateur.export import export
+from secateur.files import InputError
+from secateur.recover import Recovery, recover
+from secateur.updates import updates_of
+from tiny import random_plan
+
+STEPS = 12
+SETTINGS = {
+    "lora": Recovery("lora", STEPS, 2, 1e-2, 4, 2.0, 1.0, seed=0),
+    "full": Recovery("full", STEPS, 2, 3e-3, 4, 2.0, 1.0, seed=0),
+}
+ROWS = random_tokens(2 * STEPS, 12)
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return small_llama()
+
+
+@pytest.fixture(scope="module")
+def folder(teacher, tmp_path_factory):
+    """A pruned model, with a sublayer that is gone."""
+    description, _limits = described(teacher, 0.3)
+    path = tmp_path_factory.mktemp("pruned") / "model"
+    export(teacher, None, description, random_plan(description, close=("layers.1.channels",)), path)
+    return path
+
+
+def pruned(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+
+
+def run(folder, teacher, kind, settings=None, rows=ROWS, **options):
+    return recover(pruned(folder), teacher, "model.layers", rows, settings or SETTINGS[kind], **options)
+
+
+def interrupt_at(number):
+    def on_step(step):
+        if step.step == number:
+            raise KeyboardInterrupt
+
+    return on_step
+
+
+def kl_to(teacher, model, rows):
+    with torch.no_grad():
+        p, q = (m(rows).logits[:, :-1].log_softmax(-1) for m in (teacher, model))
+    return (p.exp() * (p - q)).sum(-1).mean().item()
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_recovery_brings_the_model_nearer_to_its_teacher_on_other_text(folder, teacher, kind):
+    settings = replace(SETTINGS[kind], steps=60)
+    weights = run(folder, teacher, kind, settings, random_tokens(120, 12))
+    model, other = pruned(folder), random_tokens(16, 12, seed=77)
+    before = kl_to(teacher, model, other)
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    assert not unexpected and missing
+    assert kl_to(teacher, model, other) < 0.9 * before
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_only_weights_of_the_layers_change_and_the_teacher_does_not(folder, teacher, kind):
+    before = {name: p.clone() for name, p in teacher.named_parameters()}
+    weights, own = run(folder, teacher, kind), dict(pruned(folder).named_parameters())
+    assert all(torch.equal(p, before[name]) for name, p in teacher.named_parameters())
+    assert all(name.startswith("model.layers.") and weights[name].shape == own[name].shape for name in weights)
+    changed = {name for name in weights if not torch.equal(weights[name], own[name])}
+    unused = "model.layers.1.post_attention_layernorm.weight"  # its MLP is gone
+    inside = {name for name in own if name.startswith("model.layers.") and name != unused}
+    assert changed == ({name for name in inside if "_proj" in name} if kind == "lora" else inside)
+
+
+def test_what_lora_learned_is_merged_whole(folder, teacher):
+    """The losses that training reports at the last step are those of the merged weights one step before."""
+    steps = []
+    settings = replace(SETTINGS["lora"], steps=4, lr=0.3)
+    weights = run(folder, teacher, "lora", settings, ROWS[:8], on_step=steps.append)
+    first = mean_loss(pruned(folder), ROWS[:2])
+    assert steps[0].ce == pytest.approx(first, rel=1e-5)  # updates start at zero
+    model = pruned(folder)
+    model.load_state_dict(weights, strict=False)
+    longer = []
+    run(folder, teacher, "lora", replace(settings, steps=5, lr=0.3), ROWS[:10], on_step=longer.append)
+    assert mean_loss(model, ROWS[:8]) != pytest.approx(mean_loss(pruned(folder), ROWS[:8]), rel=1e-3)
+    ranks = {
+        torch.linalg.matrix_rank(weights[name] - p, rtol=1e-3).item()
+        for name, p in pruned(folder).named_parameters()
+        if name in weights
+    }
+    assert max(ranks) == settings.rank
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("step", [1, 5, STEPS])
+def test_an_interrupted_recovery_goes_on_to_the_same_weights(folder, teacher, tmp_path, kind, step):
+    checkpoint = tmp_path / "recovery.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, teacher, kind, checkpoint=checkpoint, on_step=interrupt_at(step))
+    seen = []
+    resumed = run(folder, teacher, kind, checkpoint=checkpoint, on_step=lambda s: seen.append(s.step))
+    whole = run(folder, teacher, kind)
+    assert seen == list(range(step + 1, STEPS + 1))
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def test_a_recovery_that_is_killed_goes_on_from_its_last_checkpoint(folder, teacher, tmp_path):
+    checkpoint = tmp_path / "recovery.safetensors"
+
+    def die(step):
+        if step.step == 8:
+            raise SystemExit
+
+    with pytest.raises(SystemExit):
+        run(folder, teacher, "lora", checkpoint=checkpoint, checkpoint_every=5, on_step=die)
+    seen = []
+    resumed = run(folder, teacher, "lora", checkpoint=checkpoint, on_step=lambda s: seen.append(s.step))
+    whole = run(folder, teacher, "lora")
+    assert seen[0] == 6 and all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def test_a_checkpoint_of_other_settings_is_refused(folder, teacher, tmp_path):
+    checkpoint = tmp_path / "recovery.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, teacher, "lora", checkpoint=checkpoint, on_step=interrupt_at(3))
+    with pytest.raises(InputError, match="other settings"):
+        run(folder, teacher, "lora", replace(SETTINGS["lora"], lr=1.0), checkpoint=checkpoint)
+
+
+def test_a_loss_that_is_not_finite_stops_recovery_in_one_line(folder, teacher):
+    with pytest.raises(InputError, match=r"NaN or infinite at step \d+"):
+        run(folder, teacher, "full", replace(SETTINGS["full"], lr=1e30))
+
+
+def test_lora_without_peft_says_what_to_install(folder, teacher, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(InputError, match=r"pip install 'secateur\[recover\]'"):
+        run(folder, teacher, "lora")
+
+
+# --- as a stage ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_prune_recovers_after_verification_and_says_so(dense, text, tmp_path, capsys, kind):
+    out = tmp_path / "run"
+    assert secateur(*prune_arguments(dense, text, out, recover=kind, recover_lr=1e-2, recover_steps=4)) == 0
+    assert updates_of(out / "model") == [f"recover-{kind}"]
+    assert json.loads((out / "verify.json").read_text())["passed"]
+    steps = [json.loads(line) for line in (out / "recover.jsonl").read_text().splitlines()]
+    assert [s["step"] for s in steps] == [1, 2, 3, 4] and not (out / "recovery.safetensors").exists()
+    card = (out / "model" / "README.md").read_text()
+    assert "nothing was fine-tuned" not in card and "dense model as teacher" in card and "4 steps" in card
+    assert json.loads((out / "eval.json").read_text())["updates"] == [f"recover-{kind}"]
+    said = complaint(capsys, "verify", out)
+    assert f"recover-{kind}" in said and "secateur export" in said
+    assert secateur("export", out) == 0 and updates_of(out / "model") == []
+    assert secateur("verify", out) == 0
+
+
+def test_recover_reruns_alone_with_its_own_options(run, capsys):
+    before = load_file(run / "model" / "model.safetensors")
+    assert "--recover lora" in complaint(capsys, "recover", run)
+    assert secateur("recover", run, "--recover", "lora", "--recover-steps", "3", "--recover-rank", "2") == 0
+    after = load_file(run / "model" / "model.safetensors")
+    assert before.keys() == after.keys() and not (run / "eval.json").exists()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all("_proj" in name for name in changed)
+    assert secateur("eval", run) == 0
+
+
+def test_an_interrupted_run_resumes_within_recovery(dense, text, tmp_path, monkeypatch):
+    from secateur import stages
+
+    out, whole = tmp_path / "run", tmp_path / "whole"
+    options = {"recover": "lora", "recover_lr": 1e-2}
+    assert secateur(*prune_arguments(dense, text, whole, **options)) == 0
+    with monkeypatch.context() as patched:
+        original = stages.recover
+        patched.setattr(
+            stages, "recover", lambda *a, on_step, **k: original(*a, on_step=_both(on_step, interrupt_at(5)), **k)
+        )
+        assert secateur(*prune_arguments(dense, text, out, **options)) == 130
+    assert secateur("prune", "--resume", out) == 0
+    for name in ("model/model.safetensors", "recover.jsonl"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
+
+
+def _both(first, second):
+    def on_step(step):
+        first(step)
+        second(step)
+
+    return on_step
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"recover_steps": 9}, "--recover-steps"),
+        ({"recover_steps": 0}, "--recover-steps"),
+        ({"recover_lr": 0}, "--recover-lr"),
+        ({"recover_rank": 0}, "--recover-rank"),
+    ],
+)
+def test_settings_out_of_range_are_named(dense, text, tmp_path, capsys, options, named):
+    arguments = prune_arguments(dense, text, tmp_path / "run", recover="lora", **options)
+    assert named in complaint(capsys, *arguments)
