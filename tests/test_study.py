@@ -27,7 +27,7 @@ def text(rows, length, seed):
 
 def write_data(folder):
     """Files of the same names and formats as the study's, small."""
-    for seed, file in enumerate((judge.CALIBRATION, *judge.TEXTS.values())):
+    for seed, file in enumerate((*(f"text/{name}" for name in judge.CALIBRATION), *judge.TEXTS.values())):
         path = folder / file
         path.parent.mkdir(parents=True, exist_ok=True)
         documents = text(100, 60, seed)
@@ -109,7 +109,7 @@ def test_learned_values_are_compared_with_ones_and_followed_along_the_run(done):
     assert found["ones"]["held_out"] != found["held_out"]["pruned"]
     assert [point["step"] for point in found["curve"]] == [1, 2, 3, 4]
     last = found["curve"][-1]
-    assert last["held_out_deployed"] == pytest.approx(found["held_out"]["pruned"], abs=1e-4)
+    assert last["held_out_deployed"] == pytest.approx(found["held_out"]["pruned"], abs=0.02)  # bfloat16
     assert result(done, ONE_SHOT)["ones"] is None and result(done, ONE_SHOT)["curve"] is None
 
 

@@ -22,10 +22,10 @@ STUDIED = "smollm2"
 STEPS_25K, STEPS_100K, STEPS_400K = 50, 200, 800
 
 AFTERWARDS: dict[str, dict[str, Any]] = {
-    "refit": {"refit": True},
+    "refit": {"refit": 1},
     "lora": {"recover": "lora"},
     "full": {"recover": "full"},
-    "refit+lora": {"refit": True, "recover": "lora"},
+    "refit+lora": {"refit": 1, "recover": "lora"},
 }
 """Variants that change the weights after pruning: their gates are those of the cell without a variant."""
 
@@ -108,16 +108,20 @@ def cells_of(model: str) -> tuple[Cell, ...]:
 
 def _study(model: str) -> list[Cell]:
     low_high = (0.2, 0.5)
-    cells = [Cell(model, m, s, curve=_curve(m, s)) for s, m in product(low_high, ("deterministic", *BASELINES))]
+    cells = [Cell(model, "deterministic", s, STEPS_100K, variant=v) for s, v in product(low_high, ("", "lora"))]
+    cells += [Cell(model, m, s, curve=_curve(m, s)) for s, m in product(low_high, ("deterministic", *BASELINES))]
+    cells += [Cell(model, "deterministic", s, seed=seed) for s, seed in product(low_high, (1, 2))]
     cells += [Cell(model, m, s, curve=_curve(m, s)) for s, m in product(low_high, RELAXATIONS)]
+    cells += [Cell(model, "deterministic", s, variant=v) for v, s in product(("refit", "lora"), low_high)]
     cells += [Cell(model, "deterministic", s, variant=v) for v, s in product(("no-kd", "no-binarise"), low_high)]
-    cells += [Cell(model, "deterministic", s, variant=v) for v, s in product(AFTERWARDS, low_high)]
-    cells += [Cell(model, "sensitivity", s, variant=v) for v, s in product(("refit", "lora"), low_high)]
-    matter = ("deterministic", "hard-concrete", "grasprune", "sensitivity")
-    cells += [Cell(model, m, s, STEPS_100K, curve=_curve(m, s)) for m, s in product(matter, low_high)]
+    cells += [Cell(model, "deterministic", s, STEPS_100K, variant="refit") for s in low_high]
+    cells += [Cell(model, "hard-concrete", s, seed=seed) for s, seed in product(low_high, (1, 2))]
+    cells += [Cell(model, "deterministic", s, variant=v) for v, s in product(("full", "refit+lora"), low_high)]
+    matter = ("hard-concrete", "grasprune", "sensitivity")
+    cells += [Cell(model, m, s, STEPS_100K) for m, s in product(matter, low_high)]
     cells += [Cell(model, "deterministic", 0.2, STEPS_100K, variant="paper")]
-    seeds = product(("deterministic", "hard-concrete", "sensitivity"), low_high, (1, 2))
-    cells += [Cell(model, m, s, seed=seed) for m, s, seed in seeds]
+    cells += [Cell(model, "sensitivity", s, seed=seed) for s, seed in product(low_high, (1, 2))]
+    cells += [Cell(model, "sensitivity", s, variant=v) for v, s in product(("refit", "lora"), low_high)]
     cells += [Cell(model, "deterministic", 0.35), Cell(model, "sensitivity", 0.35)]
     cells += [Cell(model, "deterministic", 0.35, STEPS_100K)]
     return cells + [Cell(model, "deterministic", s, STEPS_400K) for s in low_high]

@@ -20,19 +20,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.config import ONE_SHOT
 from secateur.evaluate import LOGITS_AT_ONCE, mean_loss, perplexity, windows
+from secateur.load import autocast
 from secateur.plan import load_plan
 from secateur.session import Session
 from secateur.tasks import Model, Tasks, load_tasks, seeded
 from secateur.text import evaluation_text
 
-CALIBRATION = "text/openstax_calib_0.jsonl.gz"
+CALIBRATION = ("openstax_calib_0.jsonl.gz", "openwebtext_calib.jsonl.gz", "wikipedia_calib.jsonl.gz")
+"""Files below text/ that gates are learned on, together: textbooks, web pages, encyclopedia."""
 TEXTS = {
     "wikitext2-test": "text/wikitext2_raw_test.txt.gz",
     "c4": "text/c4_calib.jsonl.gz",
     "wikitext2-valid": "text/wikitext2_raw_valid.txt.gz",
 }
 """Name of a text → its file below the data folder."""
-assert CALIBRATION not in TEXTS.values(), "a text that gates are learned on says nothing about them"
+assert not {f"text/{file}" for file in CALIBRATION} & set(TEXTS.values()), "a text that gates are learned on"
 
 WINDOWS, LENGTH = 20, 512
 
@@ -66,7 +68,14 @@ class Judge:
         return load_tasks([str(self.data / "tasks" / f"{name}.jsonl.gz") for name in TASKS], TASK_ITEMS, seed=0)
 
     def figures(self, model: PreTrainedModel, dense: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Perplexities and tasks of a model; with `dense`, the dense model's own figures, what became of them."""
+        """Perplexities and tasks of a model; with `dense`, the dense model's own figures, what became of them.
+
+        In the arithmetic of `--precision auto`, as learning is: in bfloat16 where the processor multiplies in it.
+        """
+        with autocast(model.device, "auto"):
+            return self._figures(model, dense)
+
+    def _figures(self, model: PreTrainedModel, dense: dict[str, Any] | None) -> dict[str, Any]:
         perplexities = {name: asdict(perplexity(model, ids_NT)) for name, ids_NT in self.texts.items()}
         if dense is not None:
             for name, figure in perplexities.items():
@@ -113,7 +122,8 @@ def with_ones(session: Session, judge: Judge) -> dict[str, float] | None:
     plan, _rounding = load_plan(session.run.plan, groups, session.architecture)
     gates = replace(plan, scales={name: torch.ones_like(scale) for name, scale in plan.scales.items()}).gates(groups)
     rows = {"held_out": session.blocks.held_out_NT, "wikitext2-test": judge.texts["wikitext2-test"]}
-    return {name: mean_loss(loaded.model, ids_NT, groups, gates) for name, ids_NT in rows.items()}
+    with autocast(loaded.model.device, "auto"):
+        return {name: mean_loss(loaded.model, ids_NT, groups, gates) for name, ids_NT in rows.items()}
 
 
 def curve_of(metrics: Path) -> list[dict[str, float]]:

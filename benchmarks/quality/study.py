@@ -100,13 +100,26 @@ class Study:
         """The cells without a result, in their order."""
         return [cell for cell in cells if not self.result_file(cell).exists()]
 
+    @cached_property
+    def calibration(self) -> Path:
+        """A folder of links to the calibration files, which `--data` reads as one text."""
+        folder = self.work / "calibration"
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in CALIBRATION:
+            source, link = (self.data / "text" / name).resolve(), folder / name
+            if not source.exists():
+                raise InputError(f"{self.data} holds no text/{name}; --data is the folder with text/ and tasks/")
+            if not link.exists():
+                link.symlink_to(source)
+        return folder
+
     def run_of(self, cell: Cell) -> Run:
         """The cell's run: one that was begun with the same settings, else a new one."""
         folder = self.work / cell.id
-        config = Config(self.model, **cell.settings, data=str(self.data / CALIBRATION), out=folder)
+        config = Config(self.model, **cell.settings, data=str(self.calibration), out=folder)
         if (folder / "config.yaml").exists():
             run = open_run(folder)
-            if run.config == replace(config.resolved(), out=None):
+            if replace(run.config, data=config.data) == replace(config.resolved(), out=None):
                 return run
             shutil.rmtree(folder)  # begun by a version with other defaults
         return new_run(config)

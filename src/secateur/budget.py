@@ -77,6 +77,13 @@ def make_budget(groups: Sequence[Group], shapes: Shapes, sparsity: float, scope:
     )
 
 
+def everything(groups: Sequence[Group]) -> Budget:
+    """The budget that lets all units stay, each counted as one."""
+    count = sum(g.units for g in groups)
+    ones_N = torch.ones(count, dtype=torch.int64)
+    return Budget(("all units",), torch.zeros_like(ones_N), ones_N, torch.tensor([count]))
+
+
 def largest_that_fits(rank_N: torch.Tensor, limits: Budget) -> torch.Tensor:
     """The kept set, a mask of shape (N,): units by falling rank as long as they fit, then smaller ones that do."""
     kept_N = torch.zeros(len(rank_N), dtype=torch.bool)

@@ -90,6 +90,18 @@ class Verify:
 
 
 @dataclass
+class Refit:
+    """Solve the output projections of the export anew for the dense model's outputs: RUN/model, refit.json."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    refit: int | None = None
+    """Rounds, with gate values learned again in between (default: the run's, else 1)."""
+    refit_tokens: int | None = None
+    """Calibration tokens that a round is solved on (default: the run's, else an eighth of them)."""
+
+
+@dataclass
 class Recover:
     """Train the weights of the export with the dense model as teacher: RUN/model, recover.jsonl.
 
@@ -103,7 +115,7 @@ class Recover:
     recover_steps: int | None = None
     """Steps, on the run's calibration tokens (default: the run's, else as many as gates were learned in)."""
     recover_lr: float | None = None
-    """Peak step size (default: the run's, else 1e-3 for `lora`, 1e-4 for `full`)."""
+    """Peak step size (default: the run's, else 3e-3 for `lora`, 3e-4 for `full`)."""
     recover_rank: int | None = None
     """Rank of the updates that `lora` learns (default: the run's)."""
 
@@ -200,6 +212,14 @@ def verify(options: Verify) -> None:
         console.print(f"{c.dtype}: logits differ by at most {c.max_difference:.2g} on {c.tokens:,} tokens: passed")
 
 
+def refit(options: Refit) -> None:
+    """`secateur refit`."""
+    run = _open_with(options)
+    for done in _staged(run, "refit_stage"):
+        ridge = "no ridge lowered it" if done.ridge is None else f"ridge {done.ridge:g}"
+        console.print(f"held-out loss {done.held_out_before:.4f} → {done.held_out_after:.4f} ({ridge})")
+
+
 def recover(options: Recover) -> None:
     """`secateur recover`."""
     run = _open_with(options)
@@ -220,6 +240,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "plan": (Plan, plan),
     "export": (Export, export),
     "verify": (Verify, verify),
+    "refit": (Refit, refit),
     "recover": (Recover, recover),
     "eval": (Eval, evaluate),
 }

@@ -75,10 +75,10 @@ def paper_recipe(steps: int) -> Recipe:
 def auto_recipe(steps: int) -> Recipe:
     """The default: the same method, with step sizes and schedules that fit any number of steps (docs/study.md)."""
     return Recipe(
-        name="auto", lr=0.15 / steps**0.5, betas=(0.9, 0.99), warmup_steps=max(1, steps // 20), kd_weight=100.0,
+        name="auto", lr=0.3 / steps**0.5, betas=(0.9, 0.99), warmup_steps=max(1, steps // 20), kd_weight=2.0,
         kd_temperature=1.0, init_noise=0.0, mu_start=0.15, mu_end=0.05, mu_power=1.0,
         dual_lr=(50.0 / steps, 50.0 / steps, 5.0 / steps), dual_start=(0.0, 5.0, 0.0), adam_duals=False,
-        sensitivity_batches=min(120, steps), attention_weight=3.0, layer_balance=0.4, start_outside=0.1, settle=0.5,
+        sensitivity_batches=min(120, steps), attention_weight=1.5, layer_balance=0.3, start_outside=0.1, settle=0.5,
     )  # fmt: skip
 
 
@@ -157,13 +157,18 @@ class Config:
     recipe of gates held by multipliers, else `model`."""
     shape: Literal["ragged", "uniform"] = "ragged"
     """Widths of the export: `ragged` lets every layer have its own, `uniform` gives a stock configuration, no code."""
+    refit: int = 0
+    """Rounds of solving the output projections anew, in closed form, so that what is kept reproduces the dense model's
+    outputs; between two rounds, gate values are learned again in a tenth of the steps. 0: none."""
+    refit_tokens: int | None = None
+    """Calibration tokens that a round of refit is solved on (default: an eighth of them)."""
     recover: Literal["lora", "full"] | None = None
     """Train the weights that are left, after pruning, with the dense model as teacher: low-rank updates of all linear
     maps, merged into them (`lora`), or all weights of the layers (`full`)."""
     recover_steps: int | None = None
     """Steps of recovery, on the calibration tokens once more (default: as many as `steps`)."""
     recover_lr: float | None = None
-    """Peak step size of recovery (default: 1e-3 for `lora`, 1e-4 for `full`)."""
+    """Peak step size of recovery (default: 3e-3 for `lora`, 3e-4 for `full`)."""
     recover_rank: int = 16
     """Rank of the updates that `lora` learns."""
     text_column: str = "text"
@@ -236,6 +241,10 @@ class Config:
             raise InputError(f"--shape uniform needs equal widths, so --per {self.per} contradicts it; use --per layer")
         if self.shape == "uniform" and self.method == "flap":
             raise InputError("--method flap adds biases, which --shape uniform has no place for; use --shape ragged")
+        if self.refit < 0:
+            raise InputError(f"--refit must be at least 0 rounds, not {self.refit}")
+        if self.refit_tokens is not None and self.refit_tokens < self.seq_len:
+            raise InputError(f"--refit-tokens must be at least one sequence of {self.seq_len}, not {self.refit_tokens}")
         if self.recover_steps is not None and not 1 <= self.recover_steps <= self.steps:
             raise InputError(
                 f"--recover-steps must lie between 1 and --steps {self.steps}, whose tokens it uses once more, not "

@@ -86,13 +86,15 @@ def learn(
     checkpoint_every: int = 50,
     on_step: Callable[[Step], None] = lambda _: None,
     on_measured: Callable[[int], None] = lambda _: None,
+    teacher: PreTrainedModel | None = None,
 ) -> Learned:
     """Learns the gates of `model`, whose weights are frozen and otherwise left as they are.
 
     calibration_NT: token ids, steps × batch_size rows, used in their order. held_out_NT: rows of other documents.
     With `checkpoint`, the state is saved there every `checkpoint_every` steps and when interrupted; a run that finds it
     goes on from it to bit-identical gates. `on_measured` hears of the rows that sensitivity is measured on. `method` is
-    one of RELAXATIONS; `measure_every` k records the held-out loss every k steps and changes nothing else.
+    one of RELAXATIONS; `measure_every` k records the held-out loss every k steps and changes nothing else. `teacher` is
+    the model itself without gates unless another one is given.
     Raises LearningDiverged when the loss is not finite.
     """
     device = next(model.parameters()).device
@@ -116,7 +118,8 @@ def learn(
                 fixing = _fix(optimiser, model, groups, held_out_NT)
             z_N = optimiser.z_N.clone().requires_grad_()
             gate_N = optimiser.train_gates(z_N)
-            loss, ce, kl = _losses(model, groups, gate_N, batches[optimiser.done].to(device), recipe)
+            ids_BT = batches[optimiser.done].to(device)
+            loss, ce, kl = _losses(model, teacher or model, groups, gate_N, ids_BT, recipe)
             (grad_N,) = torch.autograd.grad(loss, z_N)
             if not (torch.isfinite(loss) and torch.isfinite(grad_N).all()):
                 raise LearningDiverged(optimiser.done, optimiser.ranking(), optimiser.values())
@@ -135,10 +138,15 @@ def learn(
 
 
 def _losses(
-    model: PreTrainedModel, groups: tuple[Group, ...], gate_N: torch.Tensor, ids_BT: torch.Tensor, recipe: Recipe
+    model: PreTrainedModel,
+    teacher: PreTrainedModel,
+    groups: tuple[Group, ...],
+    gate_N: torch.Tensor,
+    ids_BT: torch.Tensor,
+    recipe: Recipe,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     with torch.no_grad():
-        teacher_BTV = model(ids_BT, use_cache=False).logits
+        teacher_BTV = teacher(ids_BT, use_cache=False).logits
     with attached(model, groups, by_group(gate_N, groups)):
         student_BTV = model(ids_BT, use_cache=False).logits
     return distillation_loss(student_BTV, teacher_BTV, ids_BT, recipe.kd_weight, recipe.kd_temperature)

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from secateur.files import InputError, replacing
 from secateur.objective import distillation_loss
 
-LR = {"lora": 1e-3, "full": 1e-4}
+LR = {"lora": 3e-3, "full": 3e-4}
 """Peak step sizes of AdamW (docs/study.md)."""
 WARMUP = 0.05
 """Share of the steps over which the step size rises linearly; a cosine to zero follows."""

@@ -62,6 +62,11 @@ class Run:
         return self.folder / "model-failed-verification"
 
     @property
+    def refit(self) -> Path:
+        """What each round of refit did."""
+        return self.folder / "refit.json"
+
+    @property
     def recovery(self) -> Path:
         """State of an unfinished recovery; gone when it is done."""
         return self.folder / "recovery.safetensors"

@@ -4,7 +4,7 @@
 """
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from math import prod
@@ -14,22 +14,25 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from secateur.attach import attached, compensation
-from secateur.budget import figures, make_budget
+from secateur.attach import attached, compensation, writer
+from secateur.budget import everything, figures, make_budget
 from secateur.card import model_card, public_name
 from secateur.config import Config
 from secateur.evaluate import perplexity, windows
 from secateur.export import export
 from secateur.files import InputError, read_json, write_json, write_text
 from secateur.gates import Gates, load_gates, save_gates
+from secateur.learn import learn
 from secateur.methods import find_gates
 from secateur.overlap import overlap
 from secateur.plan import Plan, Rounding, load_plan, make_plan, save_plan
 from secateur.recover import LR, Recovery, recover
+from secateur.refit import Refit, kept_groups, refit
 from secateur.run import new_run, open_run, recorded
 from secateur.session import Session
 from secateur.slicing import added_biases, pruned_shapes
 from secateur.text import evaluation_text
+from secateur.units import Group
 from secateur.updates import rewrite_weights, updates_of
 from secateur.verify import Comparison, compare, folded, logits_of, with_weights_in
 
@@ -160,6 +163,53 @@ def verify_stage(session: Session) -> list[Comparison]:
     return comparisons
 
 
+def refit_stage(session: Session) -> list[Refit]:
+    """Solves the export's output projections anew, in `--refit` rounds, and writes them in their place: RUN/model,
+    refit.json."""
+    run, c, loaded = session.run, session.config, session.loaded
+    plan, _rounding = _planned(session)
+    groups, blocks = kept_groups(loaded.description.groups, plan), session.blocks
+    student = load_export(session, next(loaded.model.parameters()).dtype)
+    rows = (c.refit_tokens or c.steps * c.batch_size * c.seq_len // 8) // c.seq_len
+    rows_NT, tensors, done = blocks.calibration_NT[: max(1, rows)], {}, []
+    with session.timed("refit"), session.autocast():
+        for number in range(max(1, c.refit)):
+            if number:
+                tensors |= _regated(session, student, groups)
+            weights, result = refit(student, loaded.model, groups, rows_NT, blocks.held_out_NT)
+            tensors |= weights
+            done.append(result)
+        _update(session, tensors, "refit")
+        write_json(run.refit, [asdict(result) for result in done])
+    return done
+
+
+def _regated(session: Session, student: PreTrainedModel, groups: Sequence[Group]) -> dict[str, torch.Tensor]:
+    """Learns gate values of the pruned `student` for a tenth of the steps and folds them in; the folded weights."""
+    c, blocks = session.config, session.blocks
+    assert c.learning is not None
+    steps = max(1, c.steps // 10)
+    recipe = replace(c.learning, settle=1.0, sensitivity_batches=min(steps, c.learning.sensitivity_batches))
+    learned = learn(
+        student,
+        tuple(groups),
+        blocks.calibration_NT[-steps * c.batch_size :],
+        blocks.held_out_NT,
+        everything(groups),
+        recipe,
+        steps=steps,
+        batch_size=c.batch_size,
+        seed=c.seed,
+        teacher=session.loaded.model,
+    )
+    weights = {}
+    for group, gate_K in zip(groups, learned.value_N.split([g.units for g in groups]), strict=True):
+        linear = writer(student, group)
+        linear.weight.data *= gate_K.repeat_interleave(linear.in_features // group.units).to(linear.weight.dtype)
+        weights[f"{group.gate_at}.weight"] = linear.weight.data
+    return weights
+
+
 def recover_stage(session: Session) -> list[str]:
     """Trains the exported weights with the dense model as teacher and writes them in their place: RUN/model,
     recover.jsonl. Returns what has been done to the export's weights by now."""
@@ -230,6 +280,8 @@ def eval_stage(session: Session) -> dict[str, Any]:
     results: dict[str, Any] = {"method": c.method, "text": text, "dense": dense, "pruned": pruned}
     results["rounding"] = asdict(rounding)
     results["updates"] = updates_of(run.model)
+    if "refit" in results["updates"]:
+        results["refit"] = read_json(run.refit, f"secateur refit {run.folder}")
     results["fixing"] = gates.about.get("fixing")
     results["join"] = join
     if tasks is not None:
@@ -280,6 +332,8 @@ def remaining_stages(session: Session) -> dict[str, Any]:
         export_stage(session)
     if not (run.verify.exists() and read_json(run.verify, f"secateur verify {run.folder}")["passed"]):
         verify_stage(session)
+    if run.config.refit and "refit" not in updates_of(run.model):
+        refit_stage(session)
     if run.config.recover and f"recover-{run.config.recover}" not in updates_of(run.model):
         recover_stage(session)
     if run.eval.exists():
