@@ -11,7 +11,7 @@ from runs import complaint, described, prune_arguments, random_tokens, secateur,
 from secateur import refit as refitting
 from secateur.export import export
 from secateur.plan import Plan
-from secateur.refit import kept_groups, refit
+from secateur.refit import normal_equations, refit
 from secateur.updates import updates_of
 from tiny import random_plan
 
@@ -23,16 +23,20 @@ def teacher():
     return small_llama()
 
 
-def exported(teacher, plan, folder):
+def exported(teacher, plan, folder, rows=ROWS):
     description, _limits = described(teacher, 0.3)
     export(teacher, None, description, plan, folder / "model")
     student = AutoModelForCausalLM.from_pretrained(folder / "model", trust_remote_code=True).eval()
-    return student, kept_groups(description.groups, plan)
+    return student, normal_equations(teacher, description.groups, plan, rows)
 
 
 @pytest.fixture
-def pruned(teacher, tmp_path):
-    plan = random_plan(described(teacher, 0.3)[0], close=("layers.1.channels",))
+def plan(teacher):
+    return random_plan(described(teacher, 0.3)[0], close=("layers.1.channels",))
+
+
+@pytest.fixture
+def pruned(teacher, plan, tmp_path):
     return exported(teacher, plan, tmp_path)
 
 
@@ -52,29 +56,42 @@ def seen(model, name, rows):
 
 
 @pytest.mark.parametrize("ridge", [0.1, 3.0])
-def test_the_closed_form_is_ridge_regression_on_what_the_output_lacks(teacher, pruned, monkeypatch, ridge):
-    student, groups = pruned
+def test_the_closed_form_is_ridge_regression_on_what_the_output_lacks(teacher, plan, pruned, monkeypatch, ridge):
+    student, equations = pruned
     losses = iter([2.0, 1.0])
     monkeypatch.setattr(refitting, "RIDGES", (ridge,))
     monkeypatch.setattr(refitting, "mean_loss", lambda *_: next(losses))
     expected = {}
-    for g in groups:
-        _, dense = seen(teacher, g.gate_at, ROWS)
-        x, output = seen(student, g.gate_at, ROWS)
+    for g in described(teacher, 0.3)[0].groups:
+        if not len(plan.kept[g.name]):
+            continue
+        x, dense = seen(teacher, g.gate_at, ROWS)
+        x = x.unflatten(1, (g.units, -1))[:, plan.kept[g.name]].flatten(1)
         weight = student.get_submodule(g.gate_at).weight.detach().clone()
         size = (ridge * x.square().sum(0)).sqrt()
         a = torch.cat([x, size.diag()]).double()
-        b = torch.cat([dense - output, dense.new_zeros(len(size), dense.shape[1])]).double()
+        b = torch.cat([dense - x @ weight.T, dense.new_zeros(len(size), dense.shape[1])]).double()
         expected[f"{g.gate_at}.weight"] = weight + torch.linalg.lstsq(a, b).solution.T.float()
-    weights, done = refit(student, teacher, groups, ROWS, HELD_OUT)
+    weights, done = refit(student, equations, HELD_OUT)
     assert weights.keys() == expected.keys() and (done.ridge, done.tokens) == (ridge, ROWS.numel())
     for name, weight in weights.items():
         torch.testing.assert_close(weight, expected[name], rtol=1e-3, atol=1e-4)
         assert torch.equal(student.get_parameter(name), weight)
 
 
+def test_a_bias_of_the_pruned_writer_is_part_of_what_it_gives(teacher, plan, pruned):
+    """As after FLAP's compensation: were the bias forgotten, the solution would give it once more."""
+    student, equations = pruned
+    name, sums = next(iter(equations.items()))
+    linear = student.get_submodule(name)
+    exact = torch.linalg.lstsq(sums.xx_II.double(), sums.yx_OI.T.double()).solution.T.float()
+    linear.bias = torch.nn.Parameter(torch.full((linear.out_features,), 0.5))
+    moved = torch.linalg.solve(sums.xx_II.double(), (0.5 * sums.x_I).double()).float()
+    torch.testing.assert_close(linear.weight + sums.update(linear, 1e-9), exact - moved, rtol=1e-2, atol=1e-2)
+
+
 def test_a_removed_channel_that_a_kept_one_repeats_is_made_up_for(tmp_path, monkeypatch):
-    teacher = small_llama(seed=3, num_hidden_layers=1)
+    teacher = small_llama(seed=3)
     for layer in teacher.model.layers:
         for linear in (layer.mlp.gate_proj, layer.mlp.up_proj):
             linear.weight.data[1] = linear.weight[0]
@@ -82,38 +99,37 @@ def test_a_removed_channel_that_a_kept_one_repeats_is_made_up_for(tmp_path, monk
     kept = {g.name: torch.arange(g.units) for g in description.groups}
     kept |= {name: torch.tensor([0, *range(2, 64)]) for name in kept if name.endswith("channels")}
     plan = Plan(kept, {name: torch.ones(len(index)) for name, index in kept.items()})
-    student, groups = exported(teacher, plan, tmp_path)
+    student, equations = exported(teacher, plan, tmp_path, random_tokens(60, 16, seed=8))
     monkeypatch.setattr(refitting, "RIDGES", (1e-6,))
     dense = teacher(HELD_OUT).logits
     monkeypatch.setattr(refitting, "mean_loss", lambda model, ids: (model(ids).logits - dense).abs().max())
-    rows = random_tokens(60, 16, seed=8)
-    _weights, done = refit(student, teacher, groups, rows, HELD_OUT)
+    _weights, done = refit(student, equations, HELD_OUT)
     assert done.held_out_before > 0.5 and done.held_out_after < 0.02
 
 
 def test_weights_stay_where_no_ridge_lowers_the_held_out_loss(teacher, pruned, monkeypatch):
-    student, groups = pruned
+    student, equations = pruned
     before = {name: p.clone() for name, p in student.named_parameters()}
     losses = iter([1.0, 1.0])
     monkeypatch.setattr(refitting, "mean_loss", lambda *_: next(losses))
-    weights, done = refit(student, teacher, groups, ROWS, HELD_OUT)
+    weights, done = refit(student, equations, HELD_OUT)
     assert weights == {} and done.ridge is None and done.held_out_after == done.held_out_before == 1.0
     assert all(torch.equal(p, before[name]) for name, p in student.named_parameters())
 
 
 def test_the_ridge_with_the_lowest_held_out_loss_is_taken(teacher, pruned, monkeypatch):
-    student, groups = pruned
+    student, equations = pruned
     losses = iter([5.0, 4.0, 3.0, 3.5])
     monkeypatch.setattr(refitting, "mean_loss", lambda *_: next(losses))
-    _weights, done = refit(student, teacher, groups, ROWS, HELD_OUT)
+    _weights, done = refit(student, equations, HELD_OUT)
     assert (done.ridge, done.held_out_before, done.held_out_after) == (refitting.RIDGES[1], 5.0, 3.0)
     assert next(losses, None) is None
 
 
 def test_the_teacher_is_left_as_it_was(teacher, pruned):
-    student, groups = pruned
+    student, equations = pruned
     before = {name: p.clone() for name, p in teacher.named_parameters()}
-    refit(student, teacher, groups, ROWS, HELD_OUT)
+    refit(student, equations, HELD_OUT)
     assert all(torch.equal(p, before[name]) for name, p in teacher.named_parameters())
     assert not any(m._forward_hooks or m._forward_pre_hooks for model in (teacher, student) for m in model.modules())
 

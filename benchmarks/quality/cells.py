@@ -13,7 +13,7 @@ from secateur.config import ONE_SHOT, Config
 BATCH_SIZE, SEQ_LEN = 2, 256
 """512 tokens a step: what two cores do in a few seconds."""
 
-HELD_OUT_TOKENS = 8192
+HELD_OUT_TOKENS = 4096
 """Of held-out text, on which losses are measured; the same documents for all cells of a seed."""
 
 STUDIED = "smollm2"

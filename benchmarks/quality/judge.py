@@ -1,8 +1,8 @@
-"""What every model of the study is judged by: perplexity on three texts, three tasks, and the worth of its gate values.
+"""What every model of the study is judged by: perplexity on two texts, three tasks, and the worth of its gate values.
 
-Perplexities follow the project's protocol (evaluate.py), 20 windows of 512 tokens. `wikitext2-valid` is for choosing
-settings, the other two are for reporting; none of them is the calibration text. Tasks are scored by lm-eval on a seeded
-sample of their items, as many for the dense model: what tells is the difference item by item.
+Perplexities follow the project's protocol (evaluate.py), 20 windows of 512 tokens; neither text is calibrated on.
+Tasks are scored by lm-eval on a seeded sample of their items, as many for the dense model: what tells is the difference
+item by item.
 """
 
 import hashlib
@@ -31,7 +31,6 @@ CALIBRATION = ("openstax_calib_0.jsonl.gz", "openwebtext_calib.jsonl.gz", "wikip
 TEXTS = {
     "wikitext2-test": "text/wikitext2_raw_test.txt.gz",
     "c4": "text/c4_calib.jsonl.gz",
-    "wikitext2-valid": "text/wikitext2_raw_valid.txt.gz",
 }
 """Name of a text → its file below the data folder."""
 assert not {f"text/{file}" for file in CALIBRATION} & set(TEXTS.values()), "a text that gates are learned on"
@@ -40,8 +39,8 @@ WINDOWS, LENGTH = 20, 512
 
 TASKS = {"arc_easy": "acc_norm", "openbookqa": "acc_norm", "copa": "acc"}
 """Task, of tasks/NAME.jsonl.gz → lm-eval's metric that is reported of it, the one that papers report."""
-TASK_ITEMS = 200
-"""Items a task at most; COPA has 100."""
+TASK_ITEMS = 100
+"""Items a task."""
 
 
 @dataclass

@@ -13,10 +13,8 @@ from results import Entry, Read, Result, Results, accuracy, held_out_rise, times
 
 NONE = "–"
 DEFAULT = "deterministic"
-TEXT_TITLES = {"wikitext2-test": "WikiText-2", "c4": "C4", "wikitext2-valid": "WikiText-2 valid."}
+TEXT_TITLES = {"wikitext2-test": "WikiText-2", "c4": "C4"}
 CONFINED, FREE = "hard-concrete-deterministic", "hard-concrete-expanded"
-REPORTED = ("wikitext2-test", "c4")
-"""Texts on which methods are compared; the third is for choosing settings."""
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -86,7 +84,7 @@ def margins_table(results: Results, sparsity: float, steps: int = STEPS_25K) -> 
     Bold where the margin exceeds the noise, which the first row states.
     """
     tokens = Cell("", DEFAULT, sparsity, steps).tokens
-    reads = [times_dense(text) for text in REPORTED]
+    reads = [times_dense(text) for text in TEXTS]
     default = results.entry(DEFAULT, sparsity, tokens)
     assert default is not None
     noises = [default.noise(read) for read in reads]
@@ -95,7 +93,7 @@ def margins_table(results: Results, sparsity: float, steps: int = STEPS_25K) -> 
         if (entry.cell.sparsity, entry.cell.tokens) == (sparsity, tokens) and entry is not default:
             margins = (entry.margin(default, read) for read in reads)
             rows.append([entry.cell.label, *map(_margin, margins, noises)])
-    return table([f"against {DEFAULT}", *(TEXT_TITLES[text] for text in REPORTED)], rows)
+    return table([f"against {DEFAULT}", *(TEXT_TITLES[text] for text in TEXTS)], rows)
 
 
 def _margin(margin: float | None, noise: float | None) -> str:

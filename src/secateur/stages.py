@@ -27,7 +27,7 @@ from secateur.methods import find_gates
 from secateur.overlap import overlap
 from secateur.plan import Plan, Rounding, load_plan, make_plan, save_plan
 from secateur.recover import LR, Recovery, recover
-from secateur.refit import Refit, kept_groups, refit
+from secateur.refit import Refit, kept_groups, normal_equations, refit
 from secateur.run import new_run, open_run, recorded
 from secateur.session import Session
 from secateur.slicing import added_biases, pruned_shapes
@@ -173,10 +173,11 @@ def refit_stage(session: Session) -> list[Refit]:
     rows = (c.refit_tokens or c.steps * c.batch_size * c.seq_len // 8) // c.seq_len
     rows_NT, tensors, done = blocks.calibration_NT[: max(1, rows)], {}, []
     with session.timed("refit"), session.autocast():
+        equations = normal_equations(loaded.model, loaded.description.groups, plan, rows_NT)
         for number in range(max(1, c.refit)):
             if number:
                 tensors |= _regated(session, student, groups)
-            weights, result = refit(student, loaded.model, groups, rows_NT, blocks.held_out_NT)
+            weights, result = refit(student, equations, blocks.held_out_NT)
             tensors |= weights
             done.append(result)
         _update(session, tensors, "refit")
