@@ -4,11 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from runs import random_tokens, small_llama
+from runs import described, random_tokens, small_llama
+from secateur import sensitivity
 from secateur.attach import attached
 from secateur.describe import describe
 from secateur.gates import by_group
-from secateur.sensitivity import balanced, gate_sensitivity, weighted
+from secateur.sensitivity import ROWS_AT_ONCE, _drawn, balanced, gate_sensitivity, weighted
 from secateur.units import Group
 
 
@@ -21,7 +22,8 @@ def brute_force(model, groups, ids_NT, seed):
         gate_N = torch.ones_like(total_N, requires_grad=True)
         with attached(model, groups, by_group(gate_N, groups)):
             logits_TV = model(ids_T[None]).logits[0, :-1]
-        labels_T = torch.multinomial(logits_TV.softmax(-1), 1, generator=generator)[:, 0]
+        distribution_TV = logits_TV.softmax(-1).cumsum(-1)
+        labels_T = (distribution_TV < torch.rand(tokens, 1, generator=generator) * distribution_TV[:, -1:]).sum(-1)
         (grad_N,) = torch.autograd.grad(F.cross_entropy(logits_TV, labels_T, reduction="sum"), gate_N)
         total_N += grad_N.square()
     return total_N / tokens / len(ids_NT)
@@ -83,3 +85,22 @@ def test_balancing_evens_out_layers_and_keeps_the_order_within_each():
     torch.testing.assert_close(half_N[9] / half_N[4], torch.tensor(10.0))
     assert half_N[:2].tolist() == [5.0, 6.0] and half_N[5:7].tolist() == [7.0, 8.0]
     torch.testing.assert_close(balanced(sensitivity_N, GROUPS, 0.0), sensitivity_N)
+
+
+def test_labels_are_drawn_as_the_model_predicts_them():
+    p_V = torch.tensor([0.5, 0.0, 0.3, 0.15, 0.05])
+    drawn_R = _drawn(p_V.log().expand(20_000, 5), torch.Generator().manual_seed(0))
+    shares_V = torch.bincount(drawn_R, minlength=5) / len(drawn_R)
+    assert shares_V[1] == 0 and (shares_V - p_V).abs().max() < 0.015
+
+
+def test_rows_that_go_through_together_count_one_by_one(monkeypatch):
+    model = small_llama()
+    groups, rows_NT = described(model, 0.3)[0].groups, random_tokens(6, 16)
+    together = gate_sensitivity(model, groups, rows_NT)
+    assert ROWS_AT_ONCE > 1
+    monkeypatch.setattr(sensitivity, "ROWS_AT_ONCE", 1)
+    seen = []
+    alone = gate_sensitivity(model, groups, rows_NT, seen.append)
+    torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-7)
+    assert seen == [1, 2, 3, 4, 5, 6]

@@ -224,7 +224,9 @@ def recover_stage(session: Session) -> list[str]:
         c.learning.kd_temperature, c.seed,
     )  # fmt: skip
     own = torch.float32 if c.recover == "full" else next(loaded.model.parameters()).dtype
-    student, rows_NT = load_export(session, own), session.blocks.calibration_NT[: steps * c.batch_size]
+    passes = -(-steps // c.steps)
+    rows_NT = session.blocks.calibration_NT.repeat(passes, 1)[: steps * c.batch_size]
+    student = load_export(session, own)
     goes_on = run.recovery.exists()
     with (
         session.timed("recover"),
