@@ -117,7 +117,9 @@ def test_taylor_is_weight_times_the_gradient_of_the_mean_loss_over_all_rows(mode
 def test_sensitivity_keeps_the_units_with_which_the_default_method_starts(model, scope):
     recipe = auto_recipe(30)
     description, limits, found = scores(sensitivity, model, scope, recipe=recipe)
-    sensitivity_N = weighted(gate_sensitivity(model, description.groups, IDS), description.groups, 3.0)
+    sensitivity_N = weighted(
+        gate_sensitivity(model, description.groups, IDS), description.groups, recipe.attention_weight
+    )
     optimiser = Optimiser(recipe, limits, 30, 0, torch.device("cpu"))
     optimiser.start_from(sensitivity_N, balanced(sensitivity_N, description.groups, recipe.layer_balance))
     assert torch.equal(largest_that_fits(found.score_N, limits), optimiser.z_N == 1.0)
