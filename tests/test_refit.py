@@ -146,7 +146,7 @@ def welcome(monkeypatch):
 
 def test_prune_refits_after_verification_and_says_so(dense, text, tmp_path, capsys, welcome):
     out = tmp_path / "run"
-    assert secateur(*prune_arguments(dense, text, out, refit=2)) == 0
+    assert secateur(*prune_arguments(dense, text, out, refit_rounds=2), "--refit") == 0
     assert updates_of(out / "model") == ["refit"] and json.loads((out / "verify.json").read_text())["passed"]
     rounds = json.loads((out / "refit.json").read_text())
     assert len(rounds) == 2 and all(r["tokens"] == 32 and r["ridge"] == 0.1 for r in rounds)
@@ -171,7 +171,7 @@ def test_rounds_differ_by_gate_values_learned_in_between(run, tmp_path, monkeypa
     """With no ridge that helps, all that a second round can change is a factor for each input of the writers."""
     monkeypatch.setattr(refitting, "mean_loss", lambda *_: 1.0)
     before = load_file(run / "model" / "model.safetensors")
-    assert secateur("refit", run, "--refit", "2") == 0
+    assert secateur("refit", run, "--refit-rounds", "2") == 0
     after = load_file(run / "model" / "model.safetensors")
     moved = 0
     for name in before:
@@ -184,10 +184,12 @@ def test_rounds_differ_by_gate_values_learned_in_between(run, tmp_path, monkeypa
 
 def test_refit_then_recover_are_listed_in_order(dense, text, tmp_path):
     out = tmp_path / "run"
-    assert secateur(*prune_arguments(dense, text, out, refit=1, recover="lora", recover_steps=2)) == 0
+    assert secateur(*prune_arguments(dense, text, out, recover="lora", recover_steps=2), "--refit") == 0
     assert updates_of(out / "model") == ["refit", "recover-lora"]
 
 
-@pytest.mark.parametrize(("options", "named"), [({"refit": -1}, "--refit"), ({"refit_tokens": 3}, "--refit-tokens")])
+@pytest.mark.parametrize(
+    ("options", "named"), [({"refit_rounds": 0}, "--refit-rounds"), ({"refit_tokens": 3}, "--refit-tokens")]
+)
 def test_settings_out_of_range_are_named(dense, text, tmp_path, capsys, options, named):
     assert named in complaint(capsys, *prune_arguments(dense, text, tmp_path / "run", **options))

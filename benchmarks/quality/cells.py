@@ -22,10 +22,10 @@ STUDIED = "smollm2"
 STEPS_25K, STEPS_100K, STEPS_400K = 50, 200, 800
 
 AFTERWARDS: dict[str, dict[str, Any]] = {
-    "refit": {"refit": 1},
+    "refit": {"refit": True},
     "lora": {"recover": "lora"},
     "full": {"recover": "full"},
-    "refit+lora": {"refit": 1, "recover": "lora"},
+    "refit+lora": {"refit": True, "recover": "lora"},
 }
 """Variants that change the weights after pruning: their gates are those of the cell without a variant."""
 

@@ -95,8 +95,8 @@ class Refit:
 
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
-    refit: int | None = None
-    """Rounds, with gate values learned again in between (default: the run's, else 1)."""
+    refit_rounds: int | None = None
+    """Rounds, with gate values learned again in between (default: the run's)."""
     refit_tokens: int | None = None
     """Calibration tokens that a round is solved on (default: the run's, else an eighth of them)."""
 

@@ -157,9 +157,11 @@ class Config:
     recipe of gates held by multipliers, else `model`."""
     shape: Literal["ragged", "uniform"] = "ragged"
     """Widths of the export: `ragged` lets every layer have its own, `uniform` gives a stock configuration, no code."""
-    refit: int = 0
-    """Rounds of solving the output projections anew, in closed form, so that what is kept reproduces the dense model's
-    outputs; between two rounds, gate values are learned again in a tenth of the steps. 0: none."""
+    refit: bool = False
+    """Solve the output projections anew after pruning, in closed form, so that what is kept reproduces what the dense
+    model computes; nothing changes unless it lowers the held-out loss."""
+    refit_rounds: int = 1
+    """Times to solve for them; between two rounds, gate values are learned again in a tenth of the steps."""
     refit_tokens: int | None = None
     """Calibration tokens that a round of refit is solved on (default: an eighth of them)."""
     recover: Literal["lora", "full"] | None = None
@@ -241,8 +243,8 @@ class Config:
             raise InputError(f"--shape uniform needs equal widths, so --per {self.per} contradicts it; use --per layer")
         if self.shape == "uniform" and self.method == "flap":
             raise InputError("--method flap adds biases, which --shape uniform has no place for; use --shape ragged")
-        if self.refit < 0:
-            raise InputError(f"--refit must be at least 0 rounds, not {self.refit}")
+        if self.refit_rounds < 1:
+            raise InputError(f"--refit-rounds must be at least 1, not {self.refit_rounds}")
         if self.refit_tokens is not None and self.refit_tokens < self.seq_len:
             raise InputError(f"--refit-tokens must be at least one sequence of {self.seq_len}, not {self.refit_tokens}")
         if self.recover_steps is not None and self.recover_steps < 1:

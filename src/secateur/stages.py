@@ -164,7 +164,7 @@ def verify_stage(session: Session) -> list[Comparison]:
 
 
 def refit_stage(session: Session) -> list[Refit]:
-    """Solves the export's output projections anew, in `--refit` rounds, and writes them in their place: RUN/model,
+    """Solves the export's output projections anew, in `--refit-rounds`, and writes them in their place: RUN/model,
     refit.json."""
     run, c, loaded = session.run, session.config, session.loaded
     plan, _rounding = _planned(session)
@@ -174,7 +174,7 @@ def refit_stage(session: Session) -> list[Refit]:
     rows_NT, tensors, done = blocks.calibration_NT[: max(1, rows)], {}, []
     with session.timed("refit"), session.autocast():
         equations = normal_equations(loaded.model, loaded.description.groups, plan, rows_NT)
-        for number in range(max(1, c.refit)):
+        for number in range(c.refit_rounds):
             if number:
                 tensors |= _regated(session, student, groups)
             weights, result = refit(student, equations, blocks.held_out_NT)
