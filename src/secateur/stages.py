@@ -171,7 +171,9 @@ def refit_stage(session: Session) -> list[Refit]:
     groups, blocks = kept_groups(loaded.description.groups, plan), session.blocks
     student = load_export(session, next(loaded.model.parameters()).dtype)
     rows = (c.refit_tokens or c.steps * c.batch_size * c.seq_len // 8) // c.seq_len
-    rows_NT, tensors, done = blocks.calibration_NT[: max(1, rows)], {}, []
+    rows_NT = blocks.calibration_NT[: max(1, rows)]
+    tensors: dict[str, torch.Tensor] = {}
+    done: list[Refit] = []
     with session.timed("refit"), session.autocast():
         equations = normal_equations(loaded.model, loaded.description.groups, plan, rows_NT)
         for number in range(c.refit_rounds):
