@@ -183,6 +183,20 @@ def test_recover_reruns_alone_with_its_own_options(run, capsys):
     assert secateur("eval", run) == 0
 
 
+def test_a_new_export_is_not_recovered_from_the_state_of_an_earlier_one(run, monkeypatch):
+    from secateur import stages
+
+    original = stages.recover
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            stages, "recover", lambda *a, on_step, **k: original(*a, on_step=_both(on_step, interrupt_at(2)), **k)
+        )
+        assert secateur("recover", run, "--recover", "lora") == 130
+    assert (run / "recovery.safetensors").exists()
+    assert secateur("export", run) == 0
+    assert not (run / "recovery.safetensors").exists()
+
+
 def test_an_interrupted_run_resumes_within_recovery(dense, text, tmp_path, monkeypatch):
     from secateur import stages
 

@@ -95,8 +95,8 @@ def export_stage(session: Session, shape: str | None = None) -> None:
             dtype=loaded.checkpoint_dtype,
             base_model=public_name(c.model),
         )
-    run.verify.unlink(missing_ok=True)
-    run.eval.unlink(missing_ok=True)
+    for stale in (run.verify, run.eval, run.refit, run.recovery):
+        stale.unlink(missing_ok=True)
 
 
 def load_export(session: Session, dtype: torch.dtype) -> PreTrainedModel:
