@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from runs import described, prune_arguments, random_tokens, secateur, small_llama, write_checkpoint, write_texts
+from secateur import verify
 from secateur.attach import attached, writer
 from secateur.files import InputError
 from secateur.run import open_run
@@ -126,6 +127,19 @@ def test_a_perturbed_export_fails_and_is_set_aside(run, value):
     assert "\n" not in str(error.value) and str(run.failed_model) in str(error.value)
     assert not run.model.exists() and (run.failed_model / "config.json").is_file()
     assert json.loads(run.verify.read_text())["passed"] is False
+
+
+def test_rounding_that_a_model_amplifies_passes_and_a_wrong_weight_beside_it_does_not(run, monkeypatch):
+    """As if the fixed bound of float32 were too tight: what rounding makes of this very model is the yardstick then."""
+    monkeypatch.setattr(verify, "FLOAT32_TOLERANCE", 0.0)
+    one = session(run)
+    before = {name: t.clone() for name, t in one.loaded.model.named_parameters()}
+    assert all(c.passed for c in verify_stage(one))
+    for name, t in one.loaded.model.named_parameters():
+        assert t.dtype == before[name].dtype and torch.equal(t, before[name]), name
+    perturb(run, 0.01)
+    with pytest.raises(VerificationFailed):
+        verify_stage(session(run))
 
 
 def test_an_export_that_was_set_aside_is_not_evaluated(run):

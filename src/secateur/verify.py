@@ -1,7 +1,8 @@
 """Proof that the export is the gated model: both run on real text, and their logits must agree.
 
-Serves `secateur verify RUN`. In float32 the two differ by rounding only. In the export's own dtype the folded weights
-are rounded, so there the yardstick is the noise that the dtype itself brings to the gated model.
+Serves `secateur verify RUN`. In float32 the two differ by rounding only, which a badly damaged model can amplify: where
+the difference is larger than it is as a rule, the gated model in float64 tells how much of it is rounding. In the
+export's own dtype the folded weights are rounded, so there, too, the yardstick is the noise of the dtype itself.
 """
 
 import math
@@ -20,7 +21,7 @@ FLOAT32_TOLERANCE = 1e-5
 """Largest difference of a float32 logit, relative to the largest logit where that is above 1."""
 
 NOISE_FACTOR = 4.0
-"""In a narrower dtype: mean difference allowed, in units of the dtype's own noise on the gated model."""
+"""Mean difference allowed, in units of the dtype's own noise on the gated model, where that is the yardstick."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Comparison:
     max_difference: float
     mean_difference: float
     allowed: float
-    """Bound on `max_difference` in float32, on `mean_difference` in narrower dtypes."""
+    """Bound on `max_difference` in float32, on `mean_difference` where noise is the yardstick."""
     same_top_token: float
     """Share of positions at which both models predict the same token."""
     tokens: int
@@ -46,7 +47,7 @@ def logits_of(model: PreTrainedModel, ids_NT: torch.Tensor) -> torch.Tensor:
 
 
 def compare(gated_NTV: torch.Tensor, exported_NTV: torch.Tensor, dtype: str, noise: float | None = None) -> Comparison:
-    """Compares logits; `noise` is the mean difference that the dtype makes on the gated model, None for float32.
+    """Compares logits; `noise`: the mean difference that the dtype makes on the gated model, None: the fixed bound.
 
     Logits that are not finite in both never pass.
     """
