@@ -19,6 +19,7 @@ from transformers import (
 )
 from transformers.integrations.heterogeneity import AmbiguousGlobalPerLayerAttributeError
 
+from runs import described, random_tokens, small_llama, small_tokenizer
 from secateur.describe import Description, describe
 from secateur.export import export
 from secateur.files import InputError
@@ -348,3 +349,21 @@ def test_the_shipped_file_needs_nothing_of_secateur(tmp_path: Path) -> None:
     assert "import secateur" not in text and "from secateur" not in text
     assert "from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM as StockForCausalLM" in text
     assert "llama" not in text
+
+
+@pytest.mark.parametrize(("changes", "written"), [({}, "mistral"), ({"attention_bias": True}, "llama")])
+def test_llama_whose_heads_differ_by_layer_is_written_so_that_its_tokenizer_loads_without_code(
+    tmp_path, changes, written
+):
+    model = small_llama(**changes)
+    description, _limits = described(model, 0.3)
+    plan = random_plan(description)
+    heads = {len(plan.kept[g.name]) for g in description.groups if g.kind != "channels"}
+    assert len(heads) > 1
+    export(model, small_tokenizer(), description, plan, tmp_path / "model")
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["model_type"] == written
+    ids = random_tokens(2, 12)
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "model", trust_remote_code=True).eval()
+    torch.testing.assert_close(exported(ids).logits, gated_logits(model, description, plan, ids), rtol=1e-4, atol=1e-4)
+    if written == "mistral":
+        assert AutoTokenizer.from_pretrained(tmp_path / "model")("w1 w2")["input_ids"] == [4, 5]

@@ -21,7 +21,14 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    MistralForCausalLM,
+    MistralModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from secateur import modeling_pruned
 from secateur.describe import Description, head_dim
@@ -65,8 +72,14 @@ def export(
         if plan.shape == "uniform" or not ragged["per_layer_config"]:
             skeleton = _write_uniform(values, stock, description, plan, temporary)
         else:
+            classes = stock, _stock_class(type(model.base_model))
+            if values["model_type"] == "llama" and _heads_vary(ragged) and not _biases(values):
+                # LlamaConfig reads the head count as soon as it is made, which fails where layers differ: without
+                # trust_remote_code not even the tokenizer would load.
+                ragged = _as_mistral(ragged) | {"architectures": ragged["architectures"]}
+                classes = MistralForCausalLM, MistralModel
             write_json(temporary / "config.json", ragged)
-            write_text(temporary / MODELING_FILE, _modeling_text(stock, _stock_class(type(model.base_model))))
+            write_text(temporary / MODELING_FILE, _modeling_text(*classes))
             skeleton = _pruned_skeleton(temporary)
         _check_shapes(skeleton, description, plan)
         _write_weights(model, description, plan, temporary, max_shard_size, dtype)
@@ -150,7 +163,12 @@ def _write_uniform(
         name = stock.config_class.__name__
         if values["model_type"] != "llama":
             raise InputError(f"{name} refuses these widths: {reason} Export with `--shape ragged`") from None
-        return _stock_skeleton(_as_mistral(values, reason), folder)
+        if biases := _biases(values):
+            raise InputError(
+                f"LlamaConfig refuses these widths, MistralConfig takes them but has no {biases[0]}: {reason} "
+                "Export with `--shape ragged`"
+            ) from None
+        return _stock_skeleton(_as_mistral(values), folder)
 
 
 def _stock_skeleton(values: dict[str, Any], folder: Path) -> nn.Module:
@@ -159,14 +177,17 @@ def _stock_skeleton(values: dict[str, Any], folder: Path) -> nn.Module:
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
 
 
-def _as_mistral(values: dict[str, Any], reason: str) -> dict[str, Any]:
+def _biases(values: dict[str, Any]) -> list[str]:
+    """Biases that a Llama configuration asks for, and MistralConfig has no word for."""
+    return [key for key in ("attention_bias", "mlp_bias") if values.get(key)]
+
+
+def _heads_vary(ragged: dict[str, Any]) -> bool:
+    return any("num_attention_heads" in widths for widths in ragged["per_layer_config"].values())
+
+
+def _as_mistral(values: dict[str, Any]) -> dict[str, Any]:
     """Mistral is the same network, and its configuration takes any head count."""
-    biases = [key for key in ("attention_bias", "mlp_bias") if values.get(key)]
-    if biases:
-        raise InputError(
-            f"LlamaConfig refuses these widths, MistralConfig takes them but has no {biases[0]}: {reason} "
-            "Export with `--shape ragged`"
-        )
     unknown = {"attention_bias", "mlp_bias", "pretraining_tp"}
     kept = {key: value for key, value in values.items() if key not in unknown}
     return kept | {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
