@@ -13,7 +13,7 @@ lowers it. Inputs of the pruned model, or of one refitted so far, did worse (doc
 Shape suffixes: N rows, T positions, R = tokens, I kept inputs, O outputs.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
@@ -89,7 +89,6 @@ def normal_equations(
     groups: Sequence[Group],
     plan: Plan,
     calibration_NT: Tensor,
-    on_row: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Equations]:
     """Equations by writer, of every group of the dense model that keeps a unit; one forward pass over the rows."""
     equations = {}
@@ -101,9 +100,8 @@ def normal_equations(
                 inputs_I = torch.arange(linear.in_features).unflatten(0, (g.units, -1))[kept].flatten()
                 equations[g.gate_at] = Equations(linear, inputs_I)
                 stack.callback(linear.register_forward_hook(equations[g.gate_at].see).remove)
-        for row, ids_BT in enumerate(calibration_NT.split(1), start=1):
+        for ids_BT in calibration_NT.split(1):
             teacher.base_model(ids_BT.to(teacher.device), use_cache=False)
-            on_row(row)
     return equations
 
 
@@ -117,16 +115,18 @@ def refit(
     before = best = mean_loss(student, held_out_NT)
     chosen = None
     for ridge in RIDGES:
-        for name, linear in writers.items():
-            linear.weight.data = kept[name]
+        _put(writers, kept)
         tried = {name: kept[name] + equations[name].update(writers[name], ridge).to(kept[name]) for name in kept}
-        for name, linear in writers.items():
-            linear.weight.data = tried[name]
+        _put(writers, tried)
         loss = mean_loss(student, held_out_NT)
         if not loss < best:
             break
         best, chosen, weights = loss, ridge, tried
-    for name, linear in writers.items():
-        linear.weight.data = weights[name]
+    _put(writers, weights)
     done = Refit(chosen, before, best, next(iter(equations.values())).tokens)
     return {} if chosen is None else {f"{name}.weight": weight for name, weight in weights.items()}, done
+
+
+def _put(writers: Mapping[str, nn.Module], weights: Mapping[str, Tensor]) -> None:
+    for name, linear in writers.items():
+        linear.weight.data = weights[name]
