@@ -198,7 +198,7 @@ def test_metrics_survive_an_interruption_before_the_first_resumed_step(monkeypat
     run = tmp_path / "run"
     for moment in ("step 7", "before a step"):
         with monkeypatch.context() as patched:
-            patched.setattr(*INTERRUPTIONS.get(moment, (learning, "_losses", send(signal.SIGINT))))
+            patched.setattr(*INTERRUPTIONS.get(moment, (learning, "distillation_loss", send(signal.SIGINT))))
             arguments = ("prune", "--resume", run) if run.exists() else prune_arguments(dense, text, run)
             assert secateur(*arguments) == 130
     assert secateur("prune", "--resume", run) == 0

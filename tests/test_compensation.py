@@ -63,7 +63,7 @@ def test_exported_logits_equal_gated_ones_and_every_parameter_is_counted(tmp_pat
     exported = load(tmp_path / "model", dtype=torch.float32)
     assert (gated - dense_logits(exported, tokens())).abs().max() < 1e-5 < 1e-3 < (gated - without).abs().max()
     added = added_biases(description, plan)
-    counted = figures(description, plan.counts(), 4, sum(map(prod, added.values()))).parameters
+    counted = figures(description, plan.sizes(description.groups), 4, sum(map(prod, added.values()))).parameters
     assert counted == sum(p.numel() for p in exported.parameters())
     assert bool(added) == (name in ("no biases", "multi-head", "multi-query"))
 

@@ -100,8 +100,8 @@ def test_a_uniform_shape_contradicts_budgets_other_than_equal_widths_and_both_ar
 
 @pytest.mark.parametrize(
     ("settings", "per"),
-    [({}, "model"), ({"recipe": "paper"}, "kind"), ({"shape": "uniform"}, "layer"),
-     ({"recipe": "paper", "shape": "uniform"}, "layer"), ({"recipe": "paper", "per": "model"}, "model"),
+    [({}, "model"), ({"recipe": "paper"}, "kind"), ({"shape": "uniform"}, "expert"),
+     ({"recipe": "paper", "shape": "uniform"}, "expert"), ({"recipe": "paper", "per": "model"}, "model"),
      ({"per": "layer"}, "layer")],
 )  # fmt: skip
 def test_the_scope_of_the_budget_follows_from_recipe_and_shape_unless_it_is_given(settings, per):

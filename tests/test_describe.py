@@ -62,7 +62,7 @@ def test_the_meta_device_is_enough(tmp_path: Path) -> None:
 def test_the_output_head_is_multiplied_once_whether_tied_or_not(tied: bool) -> None:
     description = describe(tiny("llama", tie_word_embeddings=tied))
     head = "model.embed_tokens.weight" if tied else "lm_head.weight"
-    assert description.matmuls.count(head) == 1
+    assert description.matmuls[head] == 1.0
     assert ("lm_head.weight" in description.shapes) is not tied
     assert len(description.matmuls) == 3 * 7 + 1
 
@@ -106,7 +106,6 @@ def test_models_that_are_not_causal_language_models(model_type: str, reason: str
         ("bert", "bert attends both ways"),
         ("gpt2", "transformer.h.0.attn: queries, keys and values are not three linear maps"),
         ("bloom", "transformer.h.0.self_attention: queries, keys and values are not three linear maps"),
-        ("olmoe", "q_norm.weight normalises over all heads together.*mixture of experts"),
         ("bitnet", "attn_sub_norm.weight normalises over all heads.*'ffn_sub_norm.weight'. are not those of"),
         ("mamba", "backbone.layers.0.mixer: parameters .*'A_log'"),
         ("gemma4_text", "gemma4_text has layers of different head_dim from the start"),
@@ -167,7 +166,7 @@ def test_a_norm_over_all_heads_before_the_writer() -> None:
 def test_a_width_that_the_configuration_does_not_say() -> None:
     model = tiny("llama")
     model.config.intermediate_size = 41
-    assert "no single configuration key holds the MLP's width 40" in refusals(model)["0.mlp"]
+    assert "no single configuration key holds the width 40" in refusals(model)["0.mlp"]
     model = tiny("llama")
     model.config.num_key_value_heads = 6
     assert refusals(model)["0.self_attn"] == "num_key_value_heads is 6, but the weights say 3"

@@ -3,6 +3,7 @@
 The lists below are what the README claims; what can be pruned is found by structure (describe), not by these names.
 """
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,13 @@ from transformers import PreTrainedModel
 
 from secateur.describe import describe
 from secateur.export import export
-from tiny import LATENT, dense_logits, gated_logits, load, random_plan, tiny, tokens
+from tiny import LATENT, MIXTURE, dense_logits, gated_logits, load, random_plan, tiny, tokens
 
 DENSE = {"first_k_dense_replace": 3}
+ONE_GROUP = MIXTURE | {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
+"""A router that is free to choose. The first layer is dense."""
+SIX = dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 6)
+GROUPED = ONE_GROUP | SIX | {"n_group": 3, "topk_group": 2}
 
 ORDINARY = """
     apertus arcee cohere cohere2 cwm ernie4_5 exaone4 gemma gemma2 gemma3_text glm glm4 granite granite_swa
@@ -31,9 +36,20 @@ WHOLE: dict[str, dict[str, Any]] = {
 }
 """Attention and MLP of every layer."""
 
+MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    **{model_type: (model_type, MIXTURE) for model_type in ["gpt_oss", "mixtral", "qwen2_moe", "qwen3_moe"]},
+    "deepseek_v2": ("deepseek_v2", LATENT | ONE_GROUP),
+    "deepseek_v2, groups of experts": ("deepseek_v2", LATENT | GROUPED | {"topk_method": "group_limited_greedy"}),
+    "deepseek_v3": ("deepseek_v3", LATENT | ONE_GROUP),
+    "deepseek_v3, groups of experts": ("deepseek_v3", LATENT | GROUPED | {"norm_topk_prob": False}),
+    "glm4_moe": ("glm4_moe", ONE_GROUP),
+    "qwen3_moe, weights as they are": ("qwen3_moe", MIXTURE | {"norm_topk_prob": False}),
+    "olmoe": ("olmoe", MIXTURE),
+}
+"""Routed and shared experts."""
+
 NORM_OVER_HEADS = "normalises over all heads together"
 FUSED = "queries, keys and values are not three linear maps"
-EXPERTS = "mixture of experts"
 CHANNELS, GROUPS = {"channels"}, {"kv_groups"}
 
 PARTLY: dict[str, tuple[set[str], str]] = {
@@ -47,10 +63,6 @@ PARTLY: dict[str, tuple[set[str], str]] = {
     "diffllama": (CHANNELS, "fits neither one head nor a row of heads"),
     "doge": (CHANNELS, "expected one linear map after"),
     "lfm2": (GROUPS, "has w1.weight of shape"),
-    "gpt_oss": (GROUPS, EXPERTS),
-    "mixtral": (GROUPS, EXPERTS),
-    "qwen2_moe": (GROUPS, EXPERTS),
-    "qwen3_moe": (GROUPS, EXPERTS),
 }
 """What can be pruned, and why the rest stays whole."""
 
@@ -78,10 +90,10 @@ def build(model_type: str) -> PreTrainedModel:
     return tiny(model_type, **WHOLE.get(model_type, changes))
 
 
-def check_exactness(model: PreTrainedModel, folder: Path, close: tuple[str, ...] = ()) -> None:
+def check_exactness(model: PreTrainedModel, folder: Path, close: tuple[str, ...] = (), **options: Any) -> None:
     """The promise of the issue: the exported checkpoint computes what the gated model computed."""
     description = describe(model)
-    plan = random_plan(description, close=tuple(g.name for g in description.groups if g.name in close))
+    plan = random_plan(description, close=tuple(g.name for g in description.groups if g.name in close), **options)
     gated = gated_logits(model, description, plan, tokens())
     assert (gated - dense_logits(model, tokens())).abs().max() > 1e-3, "gates that change nothing prove nothing"
     export(model, None, description, plan, folder)
@@ -105,6 +117,55 @@ def test_exported_logits_equal_gated_logits(model_type: str, close: tuple[str, .
 def test_variants_are_exact(variant: str, close: tuple[str, ...], tmp_path: Path) -> None:
     model_type, changes = VARIANTS[variant]
     check_exactness(tiny(model_type, **changes), tmp_path / "model", close)
+
+
+MIXTURE_CASES: dict[str, dict[str, Any]] = {
+    "half": {},
+    "closed experts": {"close_experts": (1, 3)},
+    "one expert left": {"close_experts": (0, 1, 3, 4, 5)},
+    "whole experts": {"share": 1.0, "close_experts": (0, 4)},
+    "closed sublayers": {"close": ("layers.1.expert_channels", "layers.2.shared_channels", "layers.0.kv_groups")},
+    "uniform": {"shape": "uniform"},
+}
+
+
+WITH_BIASES = ("gpt_oss", "whole experts")
+"""Experts with biases give these without any channel, too: none can go, and nothing becomes smaller."""
+
+
+@pytest.mark.parametrize(("family", "case"), [pair for pair in product(MIXTURES, MIXTURE_CASES) if pair != WITH_BIASES])
+def test_mixtures_are_exact(family: str, case: str, tmp_path: Path) -> None:
+    model_type, changes = MIXTURES[family]
+    check_exactness(tiny(model_type, **changes), tmp_path / "model", **MIXTURE_CASES[case])
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3, groups of experts"])
+def test_dropped_experts_are_passed_over_by_every_implementation(
+    family: str, implementation: str, tmp_path: Path
+) -> None:
+    model_type, changes = MIXTURES[family]
+    model = tiny(model_type, **changes)
+    description = describe(model)
+    plan = random_plan(description, close_experts=(0, 2))
+    export(model, None, description, plan, tmp_path / "model")
+    exported = load(tmp_path / "model", dtype=torch.float32, experts_implementation=implementation)
+    stored = exported.get_submodule("model.layers.1.mlp.experts").down_proj
+    assert len(stored) == model.get_submodule("model.layers.1.mlp.experts").num_experts - 2
+    gated = gated_logits(model, description, plan, tokens())
+    assert (gated - dense_logits(exported, tokens())).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_everything_in_a_mixture_can_be_pruned(family: str) -> None:
+    model_type, changes = MIXTURES[family]
+    description = describe(tiny(model_type, **changes))
+    shared = "shared_channels" if model_type in ("qwen2_moe", "deepseek_v2", "deepseek_v3", "glm4_moe") else None
+    kinds = {g.kind for g in description.groups if g.layer == 1}
+    heads = {"olmoe": set(), "deepseek_v2": {"heads"}, "deepseek_v3": {"heads"}}.get(model_type, {"kv_groups"})
+    assert kinds == {"expert_channels"} | ({shared} if shared else set()) | heads
+    experts = {"norm" in r.reason for r in description.refusals}
+    assert experts == ({True} if model_type == "olmoe" else set())
 
 
 @pytest.mark.parametrize("model_type", WHOLE)

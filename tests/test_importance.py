@@ -10,7 +10,7 @@ from torch import nn
 from runs import described, random_tokens, small_llama
 from secateur.attach import attached, compensation, writer
 from secateur.budget import largest_that_fits, ranked
-from secateur.config import auto_recipe
+from secateur.config import OF_EXPERTS, auto_recipe
 from secateur.importance import ONE_SHOT, flap, magnitude, sensitivity, taylor_element, taylor_vector, wanda_sp
 from secateur.optimise import Optimiser
 from secateur.sensitivity import balanced, gate_sensitivity, weighted
@@ -125,7 +125,7 @@ def test_sensitivity_keeps_the_units_with_which_the_default_method_starts(model,
     assert torch.equal(largest_that_fits(found.score_N, limits), optimiser.z_N == 1.0)
 
 
-@pytest.mark.parametrize("method", [m for m in ONE_SHOT if m != "sensitivity"])
+@pytest.mark.parametrize("method", [m for m in ONE_SHOT if m not in ("sensitivity", *OF_EXPERTS)])
 def test_scoring_leaves_no_trace_in_the_model_and_reports_its_rows(method):
     model = small_llama(num_key_value_heads=4)
     before = {name: p.clone() for name, p in model.named_parameters()}

@@ -9,7 +9,7 @@ from secateur import sensitivity
 from secateur.attach import attached
 from secateur.describe import describe
 from secateur.gates import by_group
-from secateur.sensitivity import ROWS_AT_ONCE, _drawn, balanced, gate_sensitivity, weighted
+from secateur.sensitivity import ROWS_AT_ONCE, balanced, drawn, gate_sensitivity, weighted
 from secateur.units import Group
 
 
@@ -89,7 +89,7 @@ def test_balancing_evens_out_layers_and_keeps_the_order_within_each():
 
 def test_labels_are_drawn_as_the_model_predicts_them():
     p_V = torch.tensor([0.5, 0.0, 0.3, 0.15, 0.05])
-    drawn_R = _drawn(p_V.log().expand(20_000, 5), torch.Generator().manual_seed(0))
+    drawn_R = drawn(p_V.log().expand(20_000, 5), torch.Generator().manual_seed(0))
     shares_V = torch.bincount(drawn_R, minlength=5) / len(drawn_R)
     assert shares_V[1] == 0 and (shares_V - p_V).abs().max() < 0.015
 

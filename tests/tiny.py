@@ -48,16 +48,35 @@ def tokens(batch: int = 2, length: int = 12, seed: int = 1) -> Tensor:
     return torch.randint(3, 128, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-def random_plan(description: Description, *, close: tuple[str, ...] = (), seed: int = 2, shape: str = "ragged") -> Plan:
-    """Keeps about half of the units, unevenly by layer (evenly if uniform), at gates of 0.2 to 3; `close` loses all."""
+MIXTURE = {"num_experts": 5, "num_local_experts": 5, "n_routed_experts": 5, "num_experts_per_tok": 2}
+MIXTURE |= {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 24, "n_shared_experts": 2}
+
+
+def random_plan(
+    description: Description,
+    *,
+    close: tuple[str, ...] = (),
+    close_experts: tuple[int, ...] = (),
+    seed: int = 2,
+    shape: str = "ragged",
+    share: float | None = None,
+) -> Plan:
+    """Keeps about half of the units, unevenly by layer and expert (evenly if uniform), at gates of 0.2 to 3; `close`
+    loses all, as do `close_experts` of every layer; `share`: of all, instead of about half."""
     generator = torch.Generator().manual_seed(seed)
     kept, scales = {}, {}
     for number, group in enumerate(description.groups):
-        share = 0.5 if shape == "uniform" else (0.35, 0.65, 0.5)[number % 3]
-        count = 0 if group.name in close else max(1, round(share * group.units))
-        order = torch.randperm(group.units, generator=generator)
-        kept[group.name] = order[:count].sort().values
-        scales[group.name] = 0.2 + 2.8 * torch.rand(count, generator=generator)
+        keep = share or (0.5 if shape == "uniform" else (0.35, 0.65, 0.5)[number % 3])
+        if group.experts and shape == "uniform":
+            count = max(1, round(keep * group.width))
+            orders = [torch.randperm(group.width, generator=generator)[:count] for _ in range(group.experts)]
+            chosen = torch.cat([e * group.width + order for e, order in enumerate(orders)])
+        else:
+            chosen = torch.randperm(group.units, generator=generator)[: max(1, round(keep * group.units))]
+        if group.experts:
+            chosen = chosen[~torch.isin(chosen // group.width, torch.tensor(close_experts))]
+        kept[group.name] = chosen[: 0 if group.name in close else None].sort().values
+        scales[group.name] = 0.2 + 2.8 * torch.rand(len(kept[group.name]), generator=generator)
     return Plan(kept, scales, shape)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from itertools import product
 from typing import Any
 
-from secateur.config import ONE_SHOT, Config
+from secateur.config import OF_EXPERTS, ONE_SHOT, Config
 
 BATCH_SIZE, SEQ_LEN = 2, 256
 """512 tokens a step: what two cores do in a few seconds."""
@@ -41,7 +41,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 BASELINES = ("sensitivity", "flap", "wanda-sp", "taylor-vector", "taylor-element", "magnitude")
 RELAXATIONS = ("hard-concrete", "hard-concrete-deterministic", "hard-concrete-expanded", "grasprune")
 LEARNED = ("deterministic", *RELAXATIONS)
-assert set(BASELINES) == set(ONE_SHOT), "a one-shot method has no cell"
+assert {*BASELINES, *OF_EXPERTS} == set(ONE_SHOT), "a one-shot method has no cell"
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,12 @@ teacher (method.md section 3). Method §1: y = Σ_k m_k f_k(X).
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
 
+from secateur.experts import Inside, inside_experts
 from secateur.units import Group
 
 
@@ -26,6 +27,13 @@ def _multiply_input(gate: torch.Tensor):  # type: ignore[no-untyped-def]
         return (x * gate.to(x.dtype), *rest)
 
     return hook
+
+
+def _multiply_channels(gate_EC: torch.Tensor) -> Inside:
+    def inside(expert: int, x: torch.Tensor, _routing: torch.Tensor) -> torch.Tensor:
+        return x * gate_EC[expert].to(x.dtype)
+
+    return inside
 
 
 def _add_to_output(bias: torch.Tensor):  # type: ignore[no-untyped-def]
@@ -66,16 +74,18 @@ def attached(
 
     `biases`, where given, are added to the outputs of their groups' writers.
     """
-    handles = []
-    try:
+    with ExitStack() as stack:
+        experts = {}
         for group in groups:
-            module, gate = writer(model, group), gates[group.name]
+            gate = gates[group.name]
+            if group.experts:
+                experts[group.gate_at] = _multiply_channels(gate.unflatten(0, (group.experts, group.width)))
+                continue
+            module = writer(model, group)
             block = module.in_features // group.units
             gate = gate.repeat_interleave(block) if block > 1 else gate
-            handles.append(module.register_forward_pre_hook(_multiply_input(gate)))
+            stack.callback(module.register_forward_pre_hook(_multiply_input(gate)).remove)
             if biases and group.name in biases:
-                handles.append(module.register_forward_hook(_add_to_output(biases[group.name])))
+                stack.callback(module.register_forward_hook(_add_to_output(biases[group.name])).remove)
+        stack.enter_context(inside_experts(model, experts))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -7,14 +7,19 @@ Shape suffixes: N units of the whole model, C constraints.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import floor, prod
+from typing import Literal
 
 import torch
 
 from secateur.describe import Description
 from secateur.files import InputError
-from secateur.units import Group, Shapes, sliced_shapes, unit_params
+from secateur.units import ALIGNED, Group, Shapes, Size, sliced_shapes, unit_params, whole
+
+Tie = Literal["rows", "experts"]
+"""What of a mixture goes together: `rows`, the channels of the same rank in all experts of a layer, so that these stay
+equally wide; `experts`, all channels of an expert."""
 
 
 @dataclass
@@ -29,6 +34,9 @@ class Budget:
     """Parameters of each unit, int64."""
     allowed_C: torch.Tensor
     """Parameters that each constraint may keep, int64."""
+    tie: Tie | None = None
+    mixtures: tuple[tuple[slice, int], ...] = ()
+    """Of each group of experts, where its units are and how many experts it has."""
 
     def __post_init__(self) -> None:
         total_C = torch.zeros_like(self.allowed_C).index_add(0, self.constraint_N, self.params_N)
@@ -50,30 +58,41 @@ class Budget:
 
     def to(self, device: torch.device) -> "Budget":
         """The same budget with its tensors on `device`."""
-        return Budget(self.names, self.constraint_N.to(device), self.params_N.to(device), self.allowed_C.to(device))
+        moved = {name: getattr(self, name).to(device) for name in ("constraint_N", "params_N", "allowed_C")}
+        return replace(self, **moved)
 
 
-def make_budget(groups: Sequence[Group], shapes: Shapes, sparsity: float, scope: str) -> Budget:
+def make_budget(groups: Sequence[Group], shapes: Shapes, sparsity: float, scope: str, tie: Tie | None = None) -> Budget:
     """The constraints that remove the share `sparsity` of all parameters that belong to units.
 
-    With scope `layer` every layer keeps the same number of units of a kind: heads rounded to the nearest whole number,
-    channels take up the rest. Raises InputError when no equal widths meet the budget.
+    With scope `layer` or `expert` all layers keep as many units of a kind: heads rounded to the nearest whole number,
+    channels take up the rest; `expert` asks the same of the experts of a layer. `tie` says what of a mixture goes
+    together. Raises InputError when no equal widths meet the budget.
     """
     params = {g.name: unit_params(g, shapes) for g in groups}
-    keys = {g.name: {"model": "all units", "kind": g.kind, "layer": g.name}[scope] for g in groups}
-    names = tuple(dict.fromkeys(keys.values()))
-    totals = dict.fromkeys(names, 0)
+    equal = scope in ("layer", "expert")
+    widths = dict(_equal_widths(groups, params, sparsity)) if equal else {}
+    allowed: dict[str, int] = {}
+    numbers: dict[str, int] = {}
+    constraints, mixtures, start = [], [], 0
     for g in groups:
-        totals[keys[g.name]] += g.units * params[g.name]
-    allowed = {name: floor((1.0 - sparsity) * total + 1e-6) for name, total in totals.items()}
-    if scope == "layer":
-        allowed = {g.name: kept * params[g.name] for g, kept in _equal_widths(groups, params, sparsity)}
-    index = {name: i for i, name in enumerate(names)}
+        mixtures += [(slice(start, start + g.units), g.experts)] if g.experts else []
+        start += g.units
+        parts = g.experts if scope == "expert" and g.experts else 1
+        for part in range(parts):
+            name = {"model": "all units", "kind": g.kind}.get(scope, f"{g.name}.{part}" if parts > 1 else g.name)
+            units = widths.get(g.name, g.width) * (g.experts or 1) // parts
+            allowed[name] = allowed.get(name, 0) + units * params[g.name]
+            constraints.append(torch.full((g.units // parts,), numbers.setdefault(name, len(numbers))))
+    if not equal:
+        allowed = {name: floor((1.0 - sparsity) * total + 1e-6) for name, total in allowed.items()}
     return Budget(
-        names,
-        torch.cat([torch.full((g.units,), index[keys[g.name]]) for g in groups]),
+        tuple(allowed),
+        torch.cat(constraints),
         torch.cat([torch.full((g.units,), params[g.name]) for g in groups]),
-        torch.tensor([allowed[name] for name in names]),
+        torch.tensor(list(allowed.values())),
+        tie if mixtures and scope != "expert" else None,
+        tuple(mixtures),
     )
 
 
@@ -85,11 +104,31 @@ def everything(groups: Sequence[Group]) -> Budget:
 
 
 def largest_that_fits(rank_N: torch.Tensor, limits: Budget) -> torch.Tensor:
-    """The kept set, a mask of shape (N,): units by falling rank as long as they fit, then smaller ones that do."""
-    kept_N = torch.zeros(len(rank_N), dtype=torch.bool)
-    ranked = rank_N.detach().cpu().argsort(descending=True, stable=True)
+    """The kept set, a mask of shape (N,): units by falling rank as long as they fit, then smaller ones that do.
+
+    Where units are tied, by the mean rank of those that go together.
+    """
+    rank_N, device = rank_N.detach().cpu(), rank_N.device
     params_N, constraint_N = limits.params_N.cpu(), limits.constraint_N.cpu()
-    for constraint, allowed in enumerate(limits.allowed_C.tolist()):
+    if limits.tie is None:
+        return _fitting(rank_N, params_N, constraint_N, limits.allowed_C).to(device)
+    owner_N = _tied(rank_N, limits)
+    has_N = owner_N >= 0
+    owner_M, count = owner_N[has_N], int(owner_N.max()) + 1
+    size_O = torch.zeros(count).index_add(0, owner_M, torch.ones(len(owner_M)))
+    rank_O = torch.zeros(count).index_add(0, owner_M, rank_N[has_N].float()) / size_O
+    params_O = torch.zeros(count, dtype=torch.int64).index_add(0, owner_M, params_N[has_N])
+    constraint_O = torch.zeros(count, dtype=torch.int64).index_copy(0, owner_M, constraint_N[has_N])
+    kept_O = _fitting(rank_O, params_O, constraint_O, limits.allowed_C)
+    return (kept_O[owner_N] & has_N).to(device)
+
+
+def _fitting(
+    rank_N: torch.Tensor, params_N: torch.Tensor, constraint_N: torch.Tensor, allowed_C: torch.Tensor
+) -> torch.Tensor:
+    kept_N = torch.zeros(len(rank_N), dtype=torch.bool)
+    ranked = rank_N.argsort(descending=True, stable=True)
+    for constraint, allowed in enumerate(allowed_C.tolist()):
         waiting = ranked[constraint_N[ranked] == constraint]
         while len(waiting):
             waiting = waiting[params_N[waiting] <= allowed]
@@ -97,7 +136,25 @@ def largest_that_fits(rank_N: torch.Tensor, limits: Budget) -> torch.Tensor:
             kept_N[waiting[taken]] = True
             allowed -= int(params_N[waiting[taken]].sum())
             waiting = waiting[~taken]
-    return kept_N.to(rank_N.device)
+    return kept_N
+
+
+def _tied(rank_N: torch.Tensor, limits: Budget) -> torch.Tensor:
+    """The number of what each unit belongs to, shape (N,): itself, an expert, or a few rows of its layer's experts (as
+    many as `ALIGNED`). −1 for experts without a unit of rank above 0, which go whole and not by rows."""
+    owner_N = torch.arange(len(rank_N))
+    for where, experts in limits.mixtures:
+        rank_EC = rank_N[where].unflatten(0, (experts, -1))
+        if limits.tie == "experts":
+            first_E = owner_N[where].unflatten(0, (experts, -1))[:, :1]
+            owner_N[where] = first_E.expand_as(rank_EC).flatten()
+            continue
+        step = 1 if rank_EC.shape[1] % ALIGNED else ALIGNED
+        row_EC = rank_EC.argsort(dim=1, descending=True, stable=True).argsort(dim=1) // step
+        owner_EC = torch.where((rank_EC > 0).any(1, keepdim=True), where.start + row_EC, -1)
+        owner_N[where] = owner_EC.flatten()
+    numbers, compact_N = owner_N.unique(return_inverse=True)
+    return compact_N - int(numbers[0] < 0)
 
 
 def ranked(score_N: torch.Tensor, kept_N: torch.Tensor) -> torch.Tensor:
@@ -112,25 +169,34 @@ def ranked(score_N: torch.Tensor, kept_N: torch.Tensor) -> torch.Tensor:
     return torch.where(kept_N, rank_N, rank_N - 1.0)
 
 
-def _equal_widths(groups: Sequence[Group], params: Mapping[str, int], sparsity: float) -> Iterator[tuple[Group, int]]:
-    """Units to keep in each group so that all groups of a kind are equally wide, within the budget."""
-    sizes: dict[str, set[int]] = {}
-    for g in groups:
-        sizes.setdefault(g.kind, set()).add(g.units)
-    uneven = [kind for kind, found in sizes.items() if len(found) > 1]
-    if uneven:
-        raise InputError(f"the layers differ in their number of {uneven[0]}, so equal widths are not possible")
+def _equal_widths(groups: Sequence[Group], params: Mapping[str, int], sparsity: float) -> Iterator[tuple[str, int]]:
+    """Units to keep of each group, or of each of its experts, so that all groups of a kind are equally wide, within the
+    budget. One kind takes up what rounding leaves of it: experts' channels, else channels, else heads.
+
+    The width of shared experts that no key of the configuration says is a multiple of the routed experts' width.
+    """
+    kinds = dict.fromkeys(g.kind for g in groups)
+    for kind in kinds:
+        if len({(g.width, g.experts) for g in groups if g.kind == kind}) > 1:
+            raise InputError(f"the layers differ in their number of {kind}, so equal widths are not possible")
+    last = next((k for k in ("expert_channels", "channels") if k in kinds), [*kinds][-1])
+    filler = next(g for g in groups if g.kind == last)
+    tied = {g.kind: g.width / filler.width for g in groups if not g.sizes} if filler.experts else {}
     allowed = (1.0 - sparsity) * sum(g.units * params[g.name] for g in groups)
     kept: dict[str, int] = {}
-    for kind in sorted(sizes, key=lambda k: k == "channels"):
-        (units,) = sizes[kind]
-        whole = sum(g.units * params[g.name] for g in groups if g.kind == kind)
-        exact = units * allowed / whole if kind == "channels" or "channels" not in sizes else units * (1.0 - sparsity)
-        kept[kind] = min(units, floor(exact + 1e-9) if kind == "channels" or "channels" not in sizes else round(exact))
-        allowed -= kept[kind] * whole / units
+    for g in groups:
+        if g.kind != last and g.kind not in tied:
+            kept.setdefault(g.kind, min(g.width, round(g.width * (1.0 - sparsity))))
+            allowed -= float(kept[g.kind] * params[g.name])
+    a_unit: float = sum((g.experts or 1) * params[g.name] for g in groups if g.kind == last)
+    a_unit += sum(tied[g.kind] * params[g.name] for g in groups if g.kind in tied)
+    kept[last] = min(filler.width, floor(allowed / a_unit + 1e-9))
+    if filler.experts and filler.width % ALIGNED == 0:
+        kept[last] = kept[last] // ALIGNED * ALIGNED
+    kept |= {kind: round(kept[last] * multiple) for kind, multiple in tied.items()}
     if min(kept.values()) < 1:
         raise InputError(f"no equal widths remove {sparsity:.0%} of the units; use --shape ragged or lower --sparsity")
-    yield from ((g, kept[g.kind]) for g in groups)
+    yield from ((g.name, kept[g.kind]) for g in groups)
 
 
 @dataclass(frozen=True)
@@ -139,6 +205,8 @@ class Figures:
 
     parameters: int
     """All parameters; tied ones once."""
+    active_parameters: int
+    """Those that a token meets: of a mixture's experts, as many as it is routed to. The same where there are none."""
     block_parameters: int
     """Parameters that belong to units: what a budget counts."""
     flops_per_token: int
@@ -147,17 +215,24 @@ class Figures:
     """Bytes the KV cache takes for a token."""
 
 
-def figures(description: Description, kept: Mapping[str, int] | None, bytes_per_value: int, added: int = 0) -> Figures:
-    """Figures of the model that keeps `kept[group.name]` units of every group (None: the dense model).
+def figures(
+    description: Description, sizes: Mapping[str, Size] | None, bytes_per_value: int, added: int = 0
+) -> Figures:
+    """Figures of the model that stores `sizes[group.name]` of every group (None: the dense model).
 
     `added` are parameters that the dense model has not: biases that stand for removed units.
     """
     groups = description.groups
-    kept = {g.name: g.units for g in groups} if kept is None else kept
-    shapes = sliced_shapes(groups, kept, description.shapes)
+    sizes = {g.name: whole(g) for g in groups} if sizes is None else sizes
+    shapes = sliced_shapes(groups, sizes, description.shapes)
+    counts = {name: prod(shape) for name, shape in shapes.items()}
+    total = sum(counts.values()) + added
+    multiplied = {name: share for name, share in description.matmuls.items() if name in shapes}
+    idle = sum(counts[name] * (1.0 - share) for name, share in multiplied.items())
     return Figures(
-        parameters=sum(prod(shape) for shape in shapes.values()) + added,
-        block_parameters=sum(kept[g.name] * unit_params(g, description.shapes) for g in groups),
-        flops_per_token=2 * sum(prod(shapes[name]) for name in description.matmuls if name in shapes),
+        parameters=total,
+        active_parameters=total - round(idle),
+        block_parameters=sum(sizes[g.name].units * unit_params(g, description.shapes) for g in groups),
+        flops_per_token=round(2 * sum(counts[name] * share for name, share in multiplied.items())),
         kv_bytes_per_token=bytes_per_value * sum(shapes[name][0] for name in description.cached if name in shapes),
     )

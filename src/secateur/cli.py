@@ -19,7 +19,7 @@ from rich.table import Table
 from safetensors import SafetensorError
 
 from secateur import __version__
-from secateur.config import LEARNING_FIELDS, Config, load_config
+from secateur.config import LEARNING_FIELDS, Config, Shape, load_config
 from secateur.files import InputError
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class Plan:
 
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
-    shape: Literal["ragged", "uniform"] | None = None
+    shape: Shape | None = None
     """Widths that differ by layer, or the same in all layers (default: the run's)."""
 
 

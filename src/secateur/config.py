@@ -84,18 +84,36 @@ def auto_recipe(steps: int) -> Recipe:
 
 RECIPES = {"auto": auto_recipe, "paper": paper_recipe}
 
-Scope = Literal["model", "kind", "layer"]
+Scope = Literal["model", "kind", "layer", "expert"]
+
+Shape = Literal["ragged", "uniform", "padded"]
+
+Kind = Literal["heads", "channels", "expert_channels", "shared_channels"]
 
 Method = Literal[
     "deterministic", "hard-concrete", "hard-concrete-deterministic", "hard-concrete-expanded", "grasprune",
-    "sensitivity", "magnitude", "wanda-sp", "flap", "taylor-element", "taylor-vector",
+    "sensitivity", "magnitude", "wanda-sp", "flap", "taylor-element", "taylor-vector", "frequency", "reap", "camera",
 ]  # fmt: skip
 
-ONE_SHOT = ("sensitivity", "magnitude", "wanda-sp", "flap", "taylor-element", "taylor-vector")
+OF_EXPERTS = ("frequency", "reap", "camera")
+"""Methods that score experts only (importance_experts.py)."""
+
+ONE_SHOT = ("sensitivity", "magnitude", "wanda-sp", "flap", "taylor-element", "taylor-vector", *OF_EXPERTS)
 """Methods that score the units once and learn nothing (importance.py)."""
 
-EQUAL_WIDTHS = ("magnitude", "wanda-sp", "taylor-element", "taylor-vector")
+EQUAL_WIDTHS = ("magnitude", "wanda-sp", "taylor-element", "taylor-vector", *OF_EXPERTS)
 """Methods whose papers remove the same share of every layer; FLAP's and GRASPrune's budgets are the model's."""
+
+
+WHOLE_EXPERTS = ("frequency", "reap")
+"""Methods that score experts, and remove these whole."""
+
+
+def tie_of(method: str, shape: str) -> Literal["rows", "experts"] | None:
+    """What of a mixture goes together (budget.Tie)."""
+    if method in WHOLE_EXPERTS:
+        return "experts"
+    return None if shape == "padded" else "rows"
 
 
 def recipe_of(method: str, name: str, steps: int, binarise: bool) -> Recipe:
@@ -127,7 +145,11 @@ class Config:
     same units, budget and text. Gates are learned otherwise with `hard-concrete` (noise), `hard-concrete-deterministic`
     (none), `hard-concrete-expanded` (gates above 1) and `grasprune` (a hard mask at every step). Units are scored once,
     and nothing is learned, with `sensitivity` (what learning starts from), `magnitude`, `wanda-sp`, `flap`,
-    `taylor-element` and `taylor-vector`."""
+    `taylor-element` and `taylor-vector`; of mixtures, experts with `frequency` and `reap`, their channels with
+    `camera`."""
+    units: tuple[Kind, ...] = ()
+    """What to prune: `heads` (or groups of them that share keys), `channels` of MLPs, `expert_channels`,
+    `shared_channels` of shared experts. Default: the experts' channels of a mixture, all of any other model."""
     data: str = "self"
     """Calibration text: a file or folder (.txt, .jsonl, .parquet; .gz, .zst), a dataset on the hub, or `self` for text
     that the model itself writes."""
@@ -152,11 +174,13 @@ class Config:
     binarise: bool = True
     """Press undecided gates to a side: the term λ₃ of the deterministic method, which the others do not have."""
     per: Scope | None = None
-    """One budget over the whole model, one for each kind of unit, or equal widths in all layers. Default: `layer` when
-    the shape is uniform and for `magnitude`, `wanda-sp` and `taylor-*`, whose papers do so, `kind` with the paper's
-    recipe of gates held by multipliers, else `model`."""
-    shape: Literal["ragged", "uniform"] = "ragged"
-    """Widths of the export: `ragged` lets every layer have its own, `uniform` gives a stock configuration, no code."""
+    """One budget over the whole model, one for each kind of unit, or equal widths in all layers (`layer`), and in all
+    experts of a layer, too (`expert`). Default: `expert` when the shape is uniform, `layer` for `magnitude`, `wanda-sp`
+    and `taylor-*`, whose papers do so, `kind` with the paper's recipe of gates held by multipliers, else `model`."""
+    shape: Shape = "ragged"
+    """Widths of the export: `ragged` lets every layer have its own, `uniform` gives a stock configuration, no code.
+    The experts of a layer are stored equally wide in both; `padded` lets each keep what it learned to keep, and fills
+    them up to the widest with zeros."""
     refit: bool = False
     """Solve the output projections anew after pruning, in closed form, so that what is kept reproduces what the dense
     model computes; nothing changes unless it lowers the held-out loss."""
@@ -203,6 +227,9 @@ class Config:
     """Arithmetic of the passes that gates or weights are learned by: `bfloat16` by autocast, or that of the weights'
     own dtype (`float32`). `auto` is bfloat16 where the processor multiplies in it. What is planned, verified and
     evaluated is always measured in the weights' own dtype."""
+    gradient_checkpointing: bool = False
+    """Compute layers once more in the backward pass instead of keeping what they computed: less memory, more time, the
+    same gates."""
     max_shard_size: str = "5GB"
     """Largest safetensors file of the export."""
     checkpoint_every: int = 50
@@ -239,8 +266,10 @@ class Config:
             raise InputError(f"--kd-temperature must be above 0, not {self.kd_temperature}")
         if not re.fullmatch(r"\d+(\.\d+)? *([KMGT]i?B|B)?", self.max_shard_size, flags=re.IGNORECASE):
             raise InputError(f"--max-shard-size is a size such as 5GB or 500MB, not {self.max_shard_size!r}")
-        if self.shape == "uniform" and self.per not in (None, "layer"):
-            raise InputError(f"--shape uniform needs equal widths, so --per {self.per} contradicts it; use --per layer")
+        if self.shape == "uniform" and self.per not in (None, "layer", "expert"):
+            raise InputError(
+                f"--shape uniform needs equal widths, so --per {self.per} contradicts it; use --per expert"
+            )
         if self.shape == "uniform" and self.method == "flap":
             raise InputError("--method flap adds biases, which --shape uniform has no place for; use --shape ragged")
         if self.refit_rounds < 1:
@@ -288,7 +317,9 @@ class Config:
             kd_temperature=recipe.kd_temperature if self.kd_temperature is None else self.kd_temperature,
         )
         per: Scope = "model"
-        if self.shape == "uniform" or self.method in EQUAL_WIDTHS:
+        if self.shape == "uniform":
+            per = "expert"
+        elif self.method in EQUAL_WIDTHS:
             per = "layer"
         elif recipe.name == "paper" and self.method not in (*ONE_SHOT, "grasprune"):
             per = "kind"

@@ -12,7 +12,7 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,15 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.core_model_loading import revert_weight_conversion
 
 from secateur import modeling_pruned
 from secateur.describe import Description, head_dim
+from secateur.experts import is_fused
 from secateur.files import InputError, replacing, write_json, write_text
 from secateur.plan import Plan
 from secateur.slicing import added_biases, pruned_shapes, sliced
+from secateur.units import Group, whole
 
 EXPORT_FORMAT = 1
 MODELING_FILE = "modeling_pruned.py"
@@ -69,7 +72,7 @@ def export(
         raise InputError("a uniform shape has no place for the biases that stand for removed units; use --shape ragged")
     with replacing(folder) as temporary:
         temporary.mkdir()
-        if plan.shape == "uniform" or not ragged["per_layer_config"]:
+        if plan.shape == "uniform" or "auto_map" not in ragged:
             skeleton = _write_uniform(values, stock, description, plan, temporary)
         else:
             classes = stock, _stock_class(type(model.base_model))
@@ -108,7 +111,7 @@ def _config_values(
     values: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
     values.pop("auto_map", None)
     values["dtype"] = str(dtype).removeprefix("torch.")
-    if any(group.kind != "channels" for group in description.groups):
+    if any(group.attends for group in description.groups):
         values["head_dim"] = head_dim(config)
     earlier = values.get("secateur", {"base_model": base_model, "closed": {}})
     return values | {"secateur": {"format": EXPORT_FORMAT, **earlier}}
@@ -117,24 +120,39 @@ def _config_values(
 def _ragged(values: dict[str, Any], description: Description, plan: Plan) -> dict[str, Any]:
     """Adds per-layer widths where they differ from the unpruned ones, and the sublayers that are gone."""
     widths = {int(layer): dict(keys) for layer, keys in values.get("per_layer_config", {}).items()}
-    closed = dict(values["secateur"]["closed"])
+    own: dict[str, Any] = {**values["secateur"]}
+    sizes = plan.sizes(description.groups)
+
+    def add(key: str, group: Group, entry: Any, instead: bool = False) -> None:
+        """Adds an entry to a layer's list, in the place of an earlier one for the same module or beside it."""
+        layer = str(group.layer)
+        before = own.get(key, {}).get(layer, [])
+        kept = [e for e in before if not (instead and e[0] == entry[0])]
+        own[key] = {**own.get(key, {}), layer: [*kept, entry]}
+
     for group in description.groups:
-        kept = len(plan.kept[group.name])
-        if kept < group.units:
-            widths.setdefault(group.layer, {}).update({key: kept * per_unit for key, per_unit in group.sizes})
-        if kept == 0:
-            *_, sublayer, writer = group.gate_at.split(".")
-            closed[str(group.layer)] = [*closed.get(str(group.layer), []), [group.kind, sublayer, writer]]
-    own = values["secateur"] | {"closed": closed}
-    biases = {layer: list(paths) for layer, paths in own.get("biases", {}).items()}
+        size, path = sizes[group.name], group.gate_at.removeprefix(f"{description.layers}.{group.layer}.")
+        module, _, writer = path.rpartition(".")
+        if 0 < size.width < group.width or (size.width == 0 and group.sizes):
+            widths.setdefault(group.layer, {}).update({key: size.width * per_unit for key, per_unit in group.sizes})
+        if size.width == 0:
+            add("closed", group, [group.kind, module, writer])
+        elif not group.sizes:
+            add("widths", group, [module, writer, size.width], instead=True)
+        if size.experts < group.experts:
+            earlier = dict(own.get("experts", {}).get(str(group.layer), []))
+            names = earlier.get(path, list(range(group.experts)))
+            add("experts", group, [path, [names[e] for e in plan.pack(group).experts.tolist()]], instead=True)
     for name in added_biases(description, plan):
         layer, _, path = name.removeprefix(f"{description.layers}.").removesuffix(".bias").partition(".")
-        biases.setdefault(layer, []).append(path)
+        own["biases"] = {**own.get("biases", {}), layer: [*own.get("biases", {}).get(layer, []), path]}
+    if all(size == whole(g) for g, size in zip(description.groups, sizes.values(), strict=True)) and not widths:
+        return values
     return values | {
         "architectures": ["PrunedForCausalLM"],
         "auto_map": AUTO_MAP,
         "per_layer_config": {str(layer): widths[layer] for layer in sorted(widths)},
-        "secateur": own | ({"biases": biases} if biases else {}),
+        "secateur": own,
     }
 
 
@@ -143,9 +161,10 @@ def _write_uniform(
 ) -> nn.Module:
     """Writes a stock config.json with one width for all layers; returns the model it gives, on the meta device."""
     widths: dict[str, Counter[int]] = {}
+    sizes = plan.sizes(description.groups)
     for group in description.groups:
         for key, per_unit in group.sizes:
-            widths.setdefault(key, Counter())[len(plan.kept[group.name]) * per_unit] += 1
+            widths.setdefault(key, Counter())[sizes[group.name].width * per_unit] += 1
     for key, counts in widths.items():
         if len(counts) > 1 or 0 in counts:
             found = ", ".join(f"{width} in {layers} layers" for width, layers in sorted(counts.items()))
@@ -253,19 +272,29 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from ((name, tensor) for name, tensor in model.state_dict().items() if name not in parameters)
 
 
+def _as_shipped(model: PreTrainedModel, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Fused experts under the names that the model's checkpoints have for them, which stock servers read."""
+    fused = {f"{name}." for name, module in model.named_modules() if is_fused(module)}
+    for name, tensor in tensors:
+        if any(name.startswith(prefix) for prefix in fused):
+            yield from revert_weight_conversion(model, {name: tensor}).items()
+        else:
+            yield name, tensor
+
+
 def _write_weights(
-    model: nn.Module, description: Description, plan: Plan, folder: Path, max_shard_size: int | str, dtype: Any
+    model: PreTrainedModel, description: Description, plan: Plan, folder: Path, max_shard_size: int | str, dtype: Any
 ) -> None:
     """Safetensors files, each written when its last tensor has been cut."""
     on_meta = ((name, tensor.to("meta")) for name, tensor in _tensors(model))
     shards = split_torch_state_dict_into_shards(
-        dict(sliced(on_meta, description, plan, dtype)),
+        dict(_as_shipped(model, sliced(on_meta, description, plan, dtype))),
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=max_shard_size,
     )
     file_of = {name: file for file, names in shards.filename_to_tensors.items() for name in names}
     pending: dict[str, dict[str, Tensor]] = {file: {} for file in shards.filename_to_tensors}
-    for name, tensor in sliced(_tensors(model), description, plan, dtype):
+    for name, tensor in _as_shipped(model, sliced(_tensors(model), description, plan, dtype)):
         file = file_of[name]
         pending[file][name] = tensor.contiguous().cpu()
         if len(pending[file]) == len(shards.filename_to_tensors[file]):

@@ -15,6 +15,7 @@ V weight vectors of a unit, R entries of a vector.
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,8 @@ from transformers import PreTrainedModel
 from secateur.attach import writer
 from secateur.budget import Budget
 from secateur.config import Recipe
+from secateur.files import InputError
+from secateur.importance_experts import EXPERT_SCORES, column_norms, expert_usage
 from secateur.sensitivity import balanced, gate_sensitivity, weighted
 from secateur.units import Group, Slice
 
@@ -50,23 +53,26 @@ def magnitude(model: PreTrainedModel, groups: Groups, _ids_NT: torch.Tensor, lim
     parts = []
     for group in groups:
         weights = ((model.get_parameter(s.param).detach(), s) for s in group.slices)
-        squares = [vectors(w.float().square(), s, group.units).sum((1, 2)) for w, s in weights]
+        squares = [vectors(w.float().square(), s, group).sum((1, 2)) for w, s in weights]
         parts.append(torch.stack(squares).sum(0))
     return Scores(torch.cat(parts) / limits.share_N)
 
 
-def vectors(weight: torch.Tensor, s: Slice, units: int) -> torch.Tensor:
+def vectors(weight: torch.Tensor, s: Slice, group: Group) -> torch.Tensor:
     """A tensor of the shape of `s.param`, as the rows or columns that belong to each unit: shape (U, V, R)."""
-    length = weight.shape[s.dim]
-    rows = weight.movedim(s.dim, 0).reshape(s.copies, units, length // (s.copies * units), -1)
-    return rows.transpose(0, 1).flatten(1, 2)
+    experts = group.experts or 1
+    each = weight.unflatten(0, (experts, -1)) if not group.experts else weight
+    dim = s.dim + 1 if not group.experts else s.dim
+    length = each.shape[dim]
+    rows = each.movedim(dim, 1).reshape(experts, s.copies, group.width, length // (s.copies * group.width), -1)
+    return rows.transpose(1, 2).flatten(0, 1).flatten(1, 2)
 
 
 # --- from the inputs of the writers ----------------------------------------------------------------------------------
 
 
 @dataclass
-class _Moments:
+class Moments:
     """Mean and sum of squared deviations of every input of a writer, merged row by row (Chan et al. 1983)."""
 
     mean_I: torch.Tensor
@@ -74,6 +80,7 @@ class _Moments:
     count: int = 0
 
     def add(self, x: torch.Tensor) -> None:
+        """Takes in the inputs of one row, shape (..., I)."""
         x_TI = x.float().flatten(0, -2)
         count, mean_I = self.count + len(x_TI), x_TI.mean(0)
         apart_I = mean_I - self.mean_I
@@ -83,31 +90,41 @@ class _Moments:
 
 
 @torch.no_grad()
-def _moments(model: PreTrainedModel, groups: Groups, ids_NT: torch.Tensor, on_row: OnRow) -> list[_Moments]:
-    """Moments of the writers' inputs over all tokens of `ids_NT`, one forward pass a row; memory O(inputs)."""
-    found = []
+def read(model: PreTrainedModel, ids_NT: torch.Tensor, on_row: OnRow) -> None:
+    """One forward pass a row, without logits, for hooks to listen to."""
+    for row, ids_T in enumerate(ids_NT, start=1):
+        model.base_model(ids_T[None], use_cache=False)
+        on_row(row)
+
+
+def _moments(model: PreTrainedModel, groups: Groups, ids_NT: torch.Tensor, on_row: OnRow) -> dict[str, Moments]:
+    """Moments of the inputs of the writers that are linear maps, over all tokens of `ids_NT`; memory O(inputs)."""
+    found = {}
     with ExitStack() as stack:
-        for group in groups:
+        for group in (g for g in groups if not g.experts):
             module = writer(model, group)
             zeros_I = torch.zeros(module.in_features, device=module.weight.device)
-            moments = _Moments(zeros_I, zeros_I.clone())
-            found.append(moments)
+            moments = found[group.name] = Moments(zeros_I, zeros_I.clone())
 
             def listen(_module, args, moments=moments):  # type: ignore[no-untyped-def]
                 moments.add(args[0])
 
             stack.callback(module.register_forward_pre_hook(listen).remove)
-        for row, ids_T in enumerate(ids_NT, start=1):
-            model.base_model(ids_T[None], use_cache=False)  # no logits are needed
-            on_row(row)
+        read(model, ids_NT, on_row)
     return found
 
 
 def wanda_sp(model: PreTrainedModel, groups: Groups, ids_NT: torch.Tensor, limits: Budget, on_row: OnRow) -> Scores:
     """Σ_ij |W_ij| ‖X_j‖₂ over the outputs i and a unit's inputs j of its writer (Wanda, Sun et al. 2024, arXiv
-    2306.11695, equation 1, summed over structures as FLAP's authors do for their baseline Wanda-sp)."""
+    2306.11695, equation 1, summed over structures as FLAP's authors do for their baseline Wanda-sp). An expert's inputs
+    are weighted by its routing, as the sum over experts weighs them."""
     parts = []
-    for group, m in zip(groups, _moments(model, groups, ids_NT, on_row), strict=True):
+    moments, usage = _moments(model, groups, ids_NT, on_row), expert_usage(model, groups, ids_NT)
+    for group in groups:
+        if group.experts:
+            parts.append((usage[group.name].squares_EC.sqrt() * column_norms(model, group, 1)).flatten())
+            continue
+        m = moments[group.name]
         size_I = (m.squares_I / m.count + m.mean_I.square()).sqrt()
         score_I = writer(model, group).weight.detach().float().abs().sum(0) * size_I
         parts.append(score_I.unflatten(0, (group.units, -1)).sum(1))
@@ -122,7 +139,11 @@ def flap(model: PreTrainedModel, groups: Groups, ids_NT: torch.Tensor, _limits: 
     parameters, but is not asked for more score. The released code squares attention's S first; the paper does not.
     """
     parts, means = [], {}
-    for group, m in zip(groups, _moments(model, groups, ids_NT, on_row), strict=True):
+    if any(g.experts for g in groups):
+        raise InputError("--method flap adds biases, which fused experts have no place for; use another method")
+    moments = _moments(model, groups, ids_NT, on_row)
+    for group in groups:
+        m = moments[group.name]
         variance_I = m.squares_I / max(1, m.count - 1)
         score_I = variance_I * writer(model, group).weight.detach().float().square().sum(0)
         score_I = (score_I - score_I.mean()) / score_I.std().clamp(min=1e-30)
@@ -167,8 +188,8 @@ def _taylor(
             for s in group.slices:
                 parameter = model.get_parameter(s.param)
 
-                def add(p, s=s, units=group.units):  # type: ignore[no-untyped-def]
-                    product_UVR = vectors(p.detach().float() * p.grad.float(), s, units)
+                def add(p, s=s, group=group):  # type: ignore[no-untyped-def]
+                    product_UVR = vectors(p.detach().float() * p.grad.float(), s, group)
                     product = product_UVR.sum(2, keepdim=True) if by_vector else product_UVR
                     totals[s.param] = totals[s.param].add_(product) if s.param in totals else product.contiguous()
                     p.grad = None
@@ -192,6 +213,21 @@ def sensitivity(
     return Scores(balanced(sensitivity_N, groups, recipe.layer_balance) / limits.share_N)
 
 
+def of_experts(
+    model: PreTrainedModel, groups: Groups, ids_NT: torch.Tensor, limits: Budget, on_row: OnRow, *, method: str
+) -> Scores:
+    """Scores of experts or of their channels (importance_experts.py). Raises InputError where there are other units."""
+    others = {g.kind for g in groups if not g.experts}
+    if others:
+        raise InputError(
+            f"--method {method} scores experts, and this run prunes {', '.join(sorted(others))}; use --units "
+            "expert_channels, on a mixture of experts"
+        )
+    usage = expert_usage(model, groups, ids_NT, on_row)
+    score = EXPERT_SCORES[method]
+    return Scores(torch.cat([score(usage[g.name], model, g).flatten() for g in groups]) / limits.share_N)
+
+
 ONE_SHOT: dict[str, Callable[..., Scores]] = {
     "sensitivity": sensitivity,
     "magnitude": magnitude,
@@ -199,5 +235,6 @@ ONE_SHOT: dict[str, Callable[..., Scores]] = {
     "flap": flap,
     "taylor-element": taylor_element,
     "taylor-vector": taylor_vector,
+    **{method: partial(of_experts, method=method) for method in EXPERT_SCORES},
 }
 """`--method` → its scores."""

@@ -8,7 +8,8 @@ Shape suffixes: N units of the whole model, B batch, T positions.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from secateur.attach import attached
 from secateur.budget import Budget, largest_that_fits
@@ -87,6 +89,7 @@ def learn(
     on_step: Callable[[Step], None] = lambda _: None,
     on_measured: Callable[[int], None] = lambda _: None,
     teacher: PreTrainedModel | None = None,
+    gradient_checkpointing: bool = False,
 ) -> Learned:
     """Learns the gates of `model`, whose weights are frozen and otherwise left as they are.
 
@@ -94,7 +97,8 @@ def learn(
     With `checkpoint`, the state is saved there every `checkpoint_every` steps and when interrupted; a run that finds it
     goes on from it to bit-identical gates. `on_measured` hears of the rows that sensitivity is measured on. `method` is
     one of RELAXATIONS; `measure_every` k records the held-out loss every k steps and changes nothing else. `teacher` is
-    the model itself without gates unless another one is given.
+    the model itself without gates unless another one is given. `gradient_checkpointing` computes each layer once more
+    in the backward pass instead of keeping what it computed: less memory, the same gates.
     Raises LearningDiverged when the loss is not finite.
     """
     device = next(model.parameters()).device
@@ -106,7 +110,9 @@ def learn(
         fixing = _restore(checkpoint, optimiser, settings)
     elif recipe.sensitivity_batches:
         rows_NT = calibration_NT[: recipe.sensitivity_batches * batch_size].to(device)
-        sensitivity_N = weighted(gate_sensitivity(model, groups, rows_NT, on_measured), groups, recipe.attention_weight)
+        with recomputing(model, gradient_checkpointing):
+            sensitivity_N = gate_sensitivity(model, groups, rows_NT, on_measured)
+        sensitivity_N = weighted(sensitivity_N, groups, recipe.attention_weight)
         optimiser.start_from(sensitivity_N, balanced(sensitivity_N, groups, recipe.layer_balance))
     batches = calibration_NT.split(batch_size)[:steps]
     assert len(batches) == steps, f"{steps} steps need {steps} batches, got {len(batches)}"
@@ -119,11 +125,20 @@ def learn(
             z_N = optimiser.z_N.clone().requires_grad_()
             gate_N = optimiser.train_gates(z_N)
             ids_BT = batches[optimiser.done].to(device)
-            loss, ce, kl = _losses(model, teacher or model, groups, gate_N, ids_BT, recipe)
-            (grad_N,) = torch.autograd.grad(loss, z_N)
+            with torch.no_grad():
+                teacher_BTV = (teacher or model)(ids_BT, use_cache=False).logits
+            with attached(
+                model, groups, by_group(gate_N, groups)
+            ):  # to the end of the backward pass, which may recompute
+                with recomputing(model, gradient_checkpointing):
+                    student_BTV = model(ids_BT, use_cache=False).logits
+                loss, ce, kl = distillation_loss(
+                    student_BTV, teacher_BTV, ids_BT, recipe.kd_weight, recipe.kd_temperature
+                )
+                (grad_N,) = torch.autograd.grad(loss, z_N)
             if not (torch.isfinite(loss) and torch.isfinite(grad_N).all()):
                 raise LearningDiverged(optimiser.done, optimiser.ranking(), optimiser.values())
-            step = optimiser.advance(grad_N, loss.item(), ce.item(), kl.item())
+            step = optimiser.advance(grad_N, loss.item(), ce.item(), kl.item(), unseen(grad_N, groups))
             if measure_every and step.step % measure_every == 0:
                 step = _measured(step, optimiser, model, groups, held_out_NT)
             on_step(step)
@@ -137,19 +152,38 @@ def learn(
     return Learned(optimiser.ranking(), optimiser.values(), fixing)
 
 
-def _losses(
-    model: PreTrainedModel,
-    teacher: PreTrainedModel,
-    groups: tuple[Group, ...],
-    gate_N: torch.Tensor,
-    ids_BT: torch.Tensor,
-    recipe: Recipe,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    with torch.no_grad():
-        teacher_BTV = teacher(ids_BT, use_cache=False).logits
-    with attached(model, groups, by_group(gate_N, groups)):
-        student_BTV = model(ids_BT, use_cache=False).logits
-    return distillation_loss(student_BTV, teacher_BTV, ids_BT, recipe.kd_weight, recipe.kd_temperature)
+@contextmanager
+def recomputing(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
+    """Within the context, if `wanted`, layers keep only their inputs for the backward pass; dropout stays off.
+
+    Raises InputError where the model cannot.
+    """
+    if not wanted:
+        yield
+        return
+    if not model.supports_gradient_checkpointing:
+        raise InputError(f"{type(model).__name__} does not support gradient checkpointing; leave the option out")
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    try:
+        for layer in layers:
+            layer.training = True  # of the layer's own flag alone, which is what switches checkpointing on
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False
+        model.gradient_checkpointing_disable()
+
+
+def unseen(grad_N: torch.Tensor, groups: tuple[Group, ...]) -> torch.Tensor | None:
+    """Units of experts that no token was sent to: those all of whose gradients are exactly 0. None without experts."""
+    if not any(g.experts for g in groups):
+        return None
+    parts = []
+    for part, g in zip(grad_N.split([g.units for g in groups]), groups, strict=True):
+        silent_E = (part.unflatten(0, (g.experts or 1, g.width)) == 0).all(1)
+        parts.append((silent_E & bool(g.experts)).repeat_interleave(g.width))
+    return torch.cat(parts)
 
 
 def _fix(optimiser: Optimiser, model: PreTrainedModel, groups: tuple[Group, ...], held_out_NT: torch.Tensor) -> Fixing:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from secateur.budget import Budget, largest_that_fits, make_budget, ranked
+from secateur.config import tie_of
 from secateur.files import InputError
 from secateur.gates import Gates, save_gates
 from secateur.importance import ONE_SHOT
@@ -33,7 +34,8 @@ def find_gates(session: Session) -> Gates:
         "recipe": asdict(c.learning),
         "fixing": None,
     }
-    limits = make_budget(description.groups, description.shapes, c.sparsity, c.per)
+    tie = tie_of(c.method, c.shape)
+    limits = make_budget(description.groups, description.shapes, c.sparsity, c.per, tie)
     with session.autocast():
         return (_score if c.method in ONE_SHOT else _learn)(session, limits, about)
 
@@ -79,6 +81,7 @@ def _learn(session: Session, limits: Budget, about: dict[str, Any]) -> Gates:
                 checkpoint_every=c.checkpoint_every,
                 on_step=on_step,
                 on_measured=session.progress.measured,
+                gradient_checkpointing=c.gradient_checkpointing,
             )
         except LearningDiverged as error:
             last_good = run.folder / f"gates-step-{error.step}.safetensors"

@@ -1,8 +1,8 @@
 """A causal LM pruned by Secateur: the stock model, its decoder layers built to the widths of `config.per_layer_config`.
 
 This file travels in the checkpoint (`auto_map`) and needs only torch and transformers ≥ 5.16. A layer whose heads or
-channels are all gone gets a constant in the place of the sublayer. The three imports marked `stock` are those of the
-checkpoint's own architecture: export writes them.
+channels are all gone gets a constant in the place of the sublayer; experts without a channel are gone. The three
+imports marked `stock` are those of the checkpoint's own architecture: export writes them.
 """
 
 import copy
@@ -70,8 +70,6 @@ class Pruned(PreTrainedModel):
         dense = copy.copy(config)
         dense.per_layer_config = None
         super().__init__(dense, *args, **kwargs)
-        if not config.is_heterogeneous:
-            return
         # Without these two the layers would choose other kernels than the masks are made for: silently wrong logits.
         config._attn_implementation = dense._attn_implementation
         config._experts_implementation = dense._experts_implementation
@@ -105,18 +103,51 @@ def narrow(layer: nn.Module, config: PreTrainedConfig, dense: PreTrainedConfig, 
     Only sublayers whose shapes change are built anew: some models add to their layers after building them.
     """
     layer_config = copy.copy(config.per_layer_config[index])
-    for key in config.per_layer_attributes:
+    for key in config.per_layer_attributes or ():
         if getattr(layer_config, key) == 0:
             setattr(layer_config, key, getattr(dense, key))
     for name, child in type(layer)(layer_config, index).named_children():
         if [p.shape for p in child.parameters()] != [p.shape for p in getattr(layer, name).parameters()]:
             setattr(layer, name, child)
-    for path in config.secateur.get("biases", {}).get(str(index), []):
+    own = {key: config.secateur.get(key, {}).get(str(index), []) for key in ("widths", "experts", "biases", "closed")}
+    for path, writer, width in own["widths"]:
+        set_width(layer.get_submodule(path), writer, width)
+    for path, kept in own["experts"]:
+        keep_experts(layer.get_submodule(path), kept)
+    for path in own["biases"]:
         linear: Any = layer.get_submodule(path)
         linear.bias = nn.Parameter(linear.weight.new_zeros(linear.out_features))
-    for kind, name, writer in config.secateur["closed"].get(str(index), []):
-        closed_class = ClosedMLP if kind == "channels" else ClosedAttention
-        setattr(layer, name, closed_class(getattr(layer, name), writer))
+    for kind, path, writer in own["closed"]:
+        closed_class = ClosedMLP if kind.endswith("channels") else ClosedAttention
+        layer.set_submodule(path, closed_class(layer.get_submodule(path), writer))
+
+
+def set_width(mlp: nn.Module, writer: str, width: int) -> None:
+    """Gives an MLP a width that no key of the configuration says: that of shared experts."""
+    linears = {name: m for name, m in mlp.named_children() if isinstance(m, nn.Linear)}
+    before = linears[writer].in_features
+    for name, m in linears.items():
+        sizes = (width, m.out_features) if name == writer else (m.in_features, m.out_features // before * width)
+        setattr(mlp, name, nn.Linear(*sizes, bias=m.bias is not None, device=m.weight.device, dtype=m.weight.dtype))
+
+
+def keep_experts(experts: Any, kept: list[int]) -> None:
+    """Leaves only the weights of the experts `kept`. The router chooses among all of them as before; what it sends to
+    one that is gone comes to nothing, as it did when that one's gates were closed."""
+    count, places = len(kept), [len(kept)] * experts.num_experts
+    for place, expert in enumerate(kept):
+        places[expert] = place
+    for name, parameter in list(experts.named_parameters(recurse=False)):
+        setattr(experts, name, nn.Parameter(parameter.new_empty(count, *parameter.shape[1:])))
+    experts.num_experts = count
+    experts._is_expert_parallel = True  # so that all implementations pass over an index of `count`
+
+    def placed(_experts: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        hidden_RH, index_RK, weight_RK = args
+        place_RK = torch.tensor(places, device=index_RK.device)[index_RK]
+        return hidden_RH, place_RK, weight_RK * (place_RK < count)
+
+    experts.register_forward_pre_hook(placed)
 
 
 class PrunedModel(Pruned, StockModel):

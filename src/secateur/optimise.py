@@ -138,8 +138,14 @@ class Optimiser:
             self.theta_N.copy_((self.z_N - 1.0) / self.step_size_N)
         self._see_open()
 
-    def advance(self, grad_N: torch.Tensor, loss: float, ce: float, kl: float) -> Step:
-        """One step, from the gradient of the loss by z. Returns what metrics.jsonl records."""
+    def advance(
+        self, grad_N: torch.Tensor, loss: float, ce: float, kl: float, unseen_N: torch.Tensor | None = None
+    ) -> Step:
+        """One step, from the gradient of the loss by z. Returns what metrics.jsonl records.
+
+        Units marked in `unseen_N`, of experts that no token was sent to, stay as they are, moments included: their
+        gradient of 0 says nothing, and the budget's pull on them would be all that they hear.
+        """
         mu, rate = self.mu, self._rate()
         kept = score = self.limits.share_of(self.open_N)
         if self.relaxation.score is not None:
@@ -151,11 +157,24 @@ class Optimiser:
             grad_N = grad_N + self._budget_gradient(grad_N, mu, rate)
         self.theta_N.grad = grad_N * self.step_size_N
         self.adam.param_groups[0]["lr"] = self.recipe.lr * rate
+        before = [] if unseen_N is None else [tensor.detach().clone() for tensor in self._moving()]
         self.adam.step()
+        if unseen_N is not None:
+            self._put_back(unseen_N, before)
         self._bound()
         self.done += 1
         first, second, third = lambdas
         return Step(self.done, loss, ce, kl, kept, score, self.target, mu, self.recipe.lr * rate, first, second, third)
+
+    def _moving(self) -> list[torch.Tensor]:
+        """What a step of Adam changes in every unit: θ and, once there are any, its moments."""
+        state = self.adam.state[self.theta_N]
+        return [self.theta_N, *(state[key] for key in ("exp_avg", "exp_avg_sq") if key in state)]
+
+    @torch.no_grad()
+    def _put_back(self, unseen_N: torch.Tensor, before: list[torch.Tensor]) -> None:
+        for i, tensor in enumerate(self._moving()):  # moments were zero before the first step
+            tensor.copy_(torch.where(unseen_N, before[i] if i < len(before) else 0.0, tensor))
 
     def _budget_gradient(self, grad_N: torch.Tensor, mu: float, rate: float) -> torch.Tensor:
         """Gradient of the Lagrangian terms by z, after which the multipliers ascend theirs."""
@@ -177,7 +196,8 @@ class Optimiser:
     def _unit(self, grad_N: torch.Tensor) -> torch.Tensor:
         """Running mean of the median |∂L/∂m| a share of budget, shape (C,)."""
         pressure_N = (grad_N / self.limits.weight_N * self.step_size_N).abs()
-        now_C = torch.stack([pressure_N[self.limits.constraint_N == c].median() for c in range(len(self.unit_C))])
+        heard = [pressure_N[(self.limits.constraint_N == c) & (pressure_N > 0)] for c in range(len(self.unit_C))]
+        now_C = torch.stack([p.median() if len(p) else p.new_zeros(()) for p in heard])
         self.unit_C = now_C if self.done == 0 else 0.9 * self.unit_C + 0.1 * now_C
         return self.unit_C
 

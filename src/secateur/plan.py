@@ -7,14 +7,15 @@ Where a run arrives at its budget by itself, that set is the set of open gates a
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from secateur.budget import Budget, largest_that_fits
+from secateur.config import Shape
 from secateur.files import InputError, read_json, write_json
 from secateur.gates import Gates, by_group
-from secateur.units import Group
+from secateur.units import Group, Packed, Size, packed
 
 PLAN_FORMAT = 1
 
@@ -31,13 +32,31 @@ class Plan:
     scales: Mapping[str, torch.Tensor]
     """Group name → their gate values, float32, shape (kept,)."""
     shape: str = "ragged"
-    """`ragged` (widths differ by layer) or `uniform` (the same widths in every layer)."""
+    """`ragged` (widths differ by layer), `uniform` (the same in every layer) or `padded` (by expert, too)."""
     means: Mapping[str, torch.Tensor] | None = None
     """Group name → mean inputs of its writer, by which removed units are replaced; they stay in gates.safetensors."""
+    stored: Mapping[str, int] | None = None
+    """Group name → width of each of its experts, closed ones included; where there is none, experts that keep nothing
+    are not stored and the others are as wide as the widest of them."""
 
-    def counts(self) -> dict[str, int]:
-        """Group name → number of units kept."""
-        return {name: len(index) for name, index in self.kept.items()}
+    def pack(self, group: Group) -> Packed:
+        """How the channels of a group of experts are stored."""
+        return packed(group, self.kept[group.name], (self.stored or {}).get(group.name))
+
+    def stored_scales(self, group: Group) -> torch.Tensor:
+        """Gate values as the units are stored: shape (kept,), or (experts, width), 0 where a channel only fills up."""
+        if not group.experts:
+            return self.scales[group.name]
+        pack, gate_N = self.pack(group), self.gates([group])[group.name]
+        return gate_N.unflatten(0, (group.experts, group.width))[pack.experts].gather(1, pack.channels_EW)
+
+    def sizes(self, groups: Iterable[Group]) -> dict[str, Size]:
+        """Group name → how much of it is stored."""
+        sizes = {}
+        for g in groups:
+            stored = self.pack(g).channels_EW.shape if g.experts else None
+            sizes[g.name] = Size(stored[1], stored[0]) if stored else Size(len(self.kept[g.name]))
+        return sizes
 
     def gates(self, groups: Iterable[Group]) -> dict[str, torch.Tensor]:
         """Group name → gate of every unit, shape (units,): the scale where kept, 0 where removed."""
@@ -106,7 +125,8 @@ def save_plan(path: Path, plan: Plan, rounding: Rounding, architecture: str) -> 
         "architecture": architecture,
         "shape": plan.shape,
         "rounding": asdict(rounding),
-        "widths": plan.counts(),
+        "widths": {name: len(index) for name, index in plan.kept.items()},
+        "stored": plan.stored,
         "kept": {name: index.tolist() for name, index in plan.kept.items()},
         "scales": {name: [float(f"{v:.9g}") for v in scale.tolist()] for name, scale in plan.scales.items()},
     }
@@ -125,7 +145,7 @@ def load_plan(path: Path, groups: Sequence[Group], architecture: str) -> tuple[P
         scales = {g.name: torch.tensor(values["scales"][g.name], dtype=torch.float32) for g in groups}
         rounding = Rounding(**values["rounding"])
         shape = values["shape"]
-        assert shape in ("ragged", "uniform"), f"shape {shape!r}"
+        assert shape in get_args(Shape), f"shape {shape!r}"
     except (KeyError, TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise InputError(f"{path} is not a valid plan ({error!r}); run `secateur plan RUN` again") from None
     for g in groups:

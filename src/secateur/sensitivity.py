@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from secateur.attach import writer
+from secateur.experts import Inside, inside_experts
 from secateur.units import Group
 
 ROWS_AT_ONCE = 2
@@ -57,8 +58,17 @@ def gate_sensitivity(
     generator = torch.Generator(device).manual_seed(seed)
     anchor = torch.zeros((), device=device, requires_grad=True)
     totals = [torch.zeros(g.units, device=device) for g in groups]
+    rows = 1 if any(g.experts for g in groups) else ROWS_AT_ONCE  # experts see tokens without their sequences
     with ExitStack() as stack:
+        inside = {
+            g.gate_at: _probed(total.unflatten(0, (g.experts, g.width)), anchor)
+            for g, total in zip(groups, totals, strict=True)
+            if g.experts
+        }
+        stack.enter_context(inside_experts(model, inside))
         for group, total in zip(groups, totals, strict=True):
+            if group.experts:
+                continue
             module = writer(model, group)
             block = module.in_features // group.units
 
@@ -67,9 +77,9 @@ def gate_sensitivity(
 
             stack.callback(module.register_forward_pre_hook(probe).remove)
         done = 0
-        for ids_BT in ids_NT.split(ROWS_AT_ONCE):
+        for ids_BT in ids_NT.split(rows):
             logits_RV = model(ids_BT, use_cache=False).logits[:, :-1].float().flatten(0, 1)
-            labels_R = _drawn(logits_RV.detach(), generator)
+            labels_R = drawn(logits_RV.detach(), generator)
             (F.cross_entropy(logits_RV, labels_R, reduction="sum") / (ids_BT.shape[1] - 1)).backward()
             done += len(ids_BT)
             on_row(done)
@@ -77,7 +87,15 @@ def gate_sensitivity(
     return torch.cat(totals) * (tokens / len(ids_NT))
 
 
-def _drawn(logits_RV: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def _probed(total_EC: torch.Tensor, anchor: torch.Tensor) -> Inside:
+    def inside(expert: int, x_TC: torch.Tensor, _routing: torch.Tensor) -> torch.Tensor:
+        probed: torch.Tensor = _Probe.apply(x_TC[None], anchor, total_EC[expert], 1)
+        return probed[0]
+
+    return inside
+
+
+def drawn(logits_RV: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """A token of each row, drawn by inverting the distribution function: torch.multinomial is many times slower."""
     cumulative_RV = logits_RV.softmax(dim=-1).cumsum(dim=-1)
     u_R1 = torch.rand((len(logits_RV), 1), device=logits_RV.device, generator=generator) * cumulative_RV[:, -1:]
@@ -87,7 +105,7 @@ def _drawn(logits_RV: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 def weighted(sensitivity_N: torch.Tensor, groups: tuple[Group, ...], attention_weight: float) -> torch.Tensor:
     """Sensitivities with those of heads and KV groups counted `attention_weight` times (docs/study.md)."""
     parts = sensitivity_N.split([g.units for g in groups])
-    return torch.cat([p if g.kind == "channels" else attention_weight * p for p, g in zip(parts, groups, strict=True)])
+    return torch.cat([attention_weight * p if g.attends else p for p, g in zip(parts, groups, strict=True)])
 
 
 def balanced(sensitivity_N: torch.Tensor, groups: tuple[Group, ...], strength: float) -> torch.Tensor:
@@ -96,10 +114,9 @@ def balanced(sensitivity_N: torch.Tensor, groups: tuple[Group, ...], strength: f
     Each layer is divided by (its geometric mean over that of all layers) to the power `strength`.
     """
     parts = list(sensitivity_N.clamp(min=1e-30).split([g.units for g in groups]))
-    levels = {i: parts[i].log().mean() for i, g in enumerate(groups) if g.kind == "channels"}
-    if not levels:
-        return sensitivity_N
-    middle = torch.stack(list(levels.values())).mean()
-    for i, level in levels.items():
-        parts[i] = parts[i] * torch.exp(-strength * (level - middle))
+    for kind in {g.kind for g in groups if not g.attends}:
+        levels = {i: parts[i].log().mean() for i, g in enumerate(groups) if g.kind == kind}
+        middle = torch.stack(list(levels.values())).mean()
+        for i, level in levels.items():
+            parts[i] = parts[i] * torch.exp(-strength * (level - middle))
     return torch.cat(parts)

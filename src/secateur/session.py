@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -72,7 +72,8 @@ class Session:
         for data in {c.data, c.eval_data} - {SELF, None}:
             local_files(str(data))  # a wrong path shows before a large model is loaded
         with self.timed("load"):
-            return load(c.model, c.device, c.dtype, c.trust_remote_code)
+            loaded = load(c.model, c.device, c.dtype, c.trust_remote_code)
+            return replace(loaded, description=loaded.description.only(c.units))
 
     @cached_property
     def bos(self) -> int | None:

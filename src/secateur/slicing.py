@@ -12,7 +12,7 @@ from torch import Tensor
 from secateur.attach import compensating_bias
 from secateur.describe import Description
 from secateur.plan import Plan
-from secateur.units import Group, sliced_shapes, take
+from secateur.units import Group, Slice, sliced_shapes, take
 
 
 def sliced(
@@ -41,16 +41,18 @@ def sliced(
             continue
         if name in cuts:
             group, s = cuts[name]
-            tensor = take(tensor, s, group.units, plan.kept[group.name])
-            if name == f"{group.gate_at}.weight":
-                tensor = _folded(tensor, plan.scales[group.name], dtype)
+            tensor = take(tensor, s, group, plan.kept[group.name], (plan.stored or {}).get(group.name))
+            if name == group.writer:
+                tensor = fold(tensor, s, plan.stored_scales(group), dtype)
             assert tuple(tensor.shape) == remaining[name], f"{name}: {tuple(tensor.shape)} is not {remaining[name]}"
         yield name, tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
 
 def pruned_shapes(description: Description, plan: Plan) -> dict[str, tuple[int, ...]]:
     """Shapes of the parameters that the pruned checkpoint holds."""
-    shapes = sliced_shapes(description.groups, plan.counts(), description.shapes) | added_biases(description, plan)
+    shapes = sliced_shapes(description.groups, plan.sizes(description.groups), description.shapes) | added_biases(
+        description, plan
+    )
     return {name: shape for name, shape in shapes.items() if 0 not in shape}
 
 
@@ -66,8 +68,12 @@ def added_biases(description: Description, plan: Plan) -> dict[str, tuple[int, .
     return {name: shape[:1] for name, shape in names.items() if name not in description.shapes}
 
 
-def _folded(weight_OI: Tensor, scale: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """The writer's weight with the columns of unit k times its gate: multiplied in float32, rounded once."""
-    block = weight_OI.shape[1] // len(scale)
-    columns_I = scale.to(weight_OI.device, torch.float32).repeat_interleave(block)
-    return (weight_OI.float() * columns_I).to(dtype or weight_OI.dtype)
+def fold(weight: Tensor, s: Slice, scale: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """The writer's weight with the columns of unit k times its gate: multiplied in float32, rounded once.
+
+    `scale` has shape (units,), or (experts, units of each) for fused experts.
+    """
+    columns = scale.to(weight.device, torch.float32).repeat_interleave(weight.shape[s.dim] // scale.shape[-1], dim=-1)
+    if weight.ndim == 3:
+        columns = columns.unsqueeze(3 - s.dim)
+    return (weight.float() * columns).to(dtype or weight.dtype)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from secateur.attach import attached, compensation, writer
 from secateur.budget import everything, figures, make_budget
 from secateur.card import model_card, public_name
-from secateur.config import Config
+from secateur.config import Config, tie_of
 from secateur.evaluate import perplexity, windows
 from secateur.export import export
 from secateur.files import InputError, read_json, write_json, write_text
@@ -62,9 +62,9 @@ def plan_stage(session: Session, shape: str | None = None) -> tuple[Plan, Roundi
     gates = load_gates(run.gates, description.groups, session.architecture)
     if shape == "uniform" and gates.means is not None:
         raise InputError(f"--method {c.method} adds biases, which --shape uniform has no place for; use --shape ragged")
-    scope = "layer" if shape == "uniform" else c.per
+    scope = "expert" if shape == "uniform" else c.per
     assert scope is not None
-    limits = make_budget(description.groups, description.shapes, c.sparsity, scope)
+    limits = make_budget(description.groups, description.shapes, c.sparsity, scope, tie_of(c.method, shape))
     with session.timed("plan"):
         plan, rounding = make_plan(gates, limits, shape, partial(session.held_out_loss, means=gates.means))
         save_plan(run.plan, plan, rounding, session.architecture)
@@ -284,7 +284,7 @@ def eval_stage(session: Session) -> dict[str, Any]:
         bytes_per_value = loaded.checkpoint_dtype.itemsize
         dense = asdict(figures(description, None, bytes_per_value)) | asdict(perplexity(loaded.model, ids_NT))
         added = sum(map(prod, added_biases(description, plan).values()))
-        sizes = figures(description, plan.counts(), bytes_per_value, added)
+        sizes = figures(description, plan.sizes(description.groups), bytes_per_value, added)
         pruned = asdict(sizes) | asdict(perplexity(exported, ids_NT))
         dense["disk_bytes"] = dense["parameters"] * bytes_per_value
         pruned["disk_bytes"] = sum(f.stat().st_size for f in run.model.glob("*.safetensors"))

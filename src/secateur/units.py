@@ -1,15 +1,20 @@
 """What can be removed from a model, as pure index arithmetic on its weights.
 
-A `Group` is one sublayer's row of interchangeable units (heads, KV groups or channels); its `Slice`s say where each
-unit lives in the weights. These two records carry all that the rest of Secateur knows of an architecture: `describe`
-writes them, everything downstream only reads them. Source: method.md section 1 (the paper: arXiv 2603.08065).
+A `Group` is one sublayer's row of interchangeable units (heads, KV groups, channels, experts' channels); its `Slice`s
+say where each unit lives in the weights. These two records carry all that the rest of Secateur knows of an
+architecture: `describe` writes them, everything downstream only reads them. Source: method.md section 1 (the paper:
+arXiv 2603.08065).
+
+Shape suffixes: E experts, W stored width of an expert.
 """
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Parameter name → shape, as the unpruned checkpoint has them."""
@@ -17,7 +22,10 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Slice:
-    """Where the units of a group lie in one parameter: `dim` is laid out as (copies, units, block)."""
+    """Where the units of a group lie in one parameter: `dim` is laid out as (copies, units, block).
+
+    In fused tensors of experts dimension 0 is the expert, and `dim` is laid out so for each of them.
+    """
 
     param: str
     dim: int
@@ -26,21 +34,58 @@ class Slice:
 
 @dataclass(frozen=True)
 class Group:
-    """One sublayer's units. Closing unit k zeroes block k of the input of the module `gate_at`."""
+    """One sublayer's units. Closing unit k zeroes block k of what the writer reads."""
 
     name: str
     """Unique, stable name: `layers.3.channels`."""
     layer: int
     kind: str
-    """`heads`, `kv_groups` or `channels`."""
+    """`heads`, `kv_groups`, `channels` (of an MLP), `shared_channels` (of shared experts) or `expert_channels`."""
     units: int
     gate_at: str
-    """The linear map that reads the units' outputs (o_proj, down_proj)."""
+    """The linear map that reads the units' outputs (o_proj, down_proj), or the module that holds fused experts."""
     slices: tuple[Slice, ...]
     sizes: tuple[tuple[str, int], ...]
-    """Config key → its increment for each unit kept, e.g. (("num_attention_heads", 3), ("num_key_value_heads", 1))."""
+    """Config key → its increment for each unit kept, e.g. (("num_attention_heads", 3), ("num_key_value_heads", 1)).
+    Of experts: for each unit of an expert. Empty where the configuration has no key of its own for the width."""
     shared: tuple[str, ...] = ()
-    """Parameters of the sublayer that serve all units: kept while one unit is, dropped with the last one."""
+    """Parameters of the sublayer that serve all units: kept while one unit is, dropped with the last one. Of experts:
+    biases of their outputs, which they give without any channel, too, so that no expert can go."""
+    experts: int = 0
+    """Experts among which the units are divided evenly, one expert's after the other's; 0: there are none."""
+
+    @property
+    def width(self) -> int:
+        """Units of the group, or of each of its experts."""
+        return self.units // self.experts if self.experts else self.units
+
+    @property
+    def writer(self) -> str:
+        """The parameter whose columns read the units' outputs, into which gates are folded."""
+        return f"{self.gate_at}.down_proj" if self.experts else f"{self.gate_at}.weight"
+
+    @property
+    def attends(self) -> bool:
+        """Whether the units are heads, or groups of them."""
+        return self.kind in ("heads", "kv_groups")
+
+
+class Size(NamedTuple):
+    """How much of a group is stored."""
+
+    width: int
+    """Units, or units of each expert."""
+    experts: int = 0
+
+    @property
+    def units(self) -> int:
+        """Units in all, those included that only fill an expert up to the common width."""
+        return self.width * (self.experts or 1)
+
+
+def whole(group: Group) -> Size:
+    """The unpruned size."""
+    return Size(group.width, group.experts)
 
 
 def unit_params(group: Group, shapes: Shapes) -> int:
@@ -55,23 +100,86 @@ def block_size(shape: tuple[int, ...], s: Slice, units: int) -> int:
     return block
 
 
-def take(weight: torch.Tensor, s: Slice, units: int, kept: torch.Tensor) -> torch.Tensor:
-    """The rows or columns of `weight` that belong to the units `kept` (sorted indices, shape (kept,))."""
+def take(weight: Tensor, s: Slice, group: Group, kept: Tensor, width: int | None = None) -> Tensor:
+    """The rows or columns of `weight` that belong to the units `kept` (sorted indices, shape (kept,)).
+
+    Of experts: those that `packed` lays out.
+    """
+    if not group.experts:
+        return _take(weight, s, group.units, kept)
+    one = Slice(s.param, s.dim - 1, s.copies)
+    pack = packed(group, kept, width)
+    experts = zip(pack.experts.tolist(), pack.channels_EW, strict=True)
+    return torch.stack([_take(weight[e], one, group.width, channels_W) for e, channels_W in experts])
+
+
+def _take(weight: Tensor, s: Slice, units: int, kept: Tensor) -> Tensor:
     block = block_size(tuple(weight.shape), s, units)
     split = weight.unflatten(s.dim, (s.copies, units, block))
     return split.index_select(s.dim + 1, kept.to(weight.device)).flatten(s.dim, s.dim + 2).contiguous()
 
 
-def sliced_shapes(groups: Iterable[Group], kept: Mapping[str, int], shapes: Shapes) -> dict[str, tuple[int, ...]]:
-    """Shapes after keeping `kept[group.name]` units of every group; parameters of closed sublayers are absent."""
+class Packed(NamedTuple):
+    """How kept channels of experts lie in fused tensors, which have one width for all experts."""
+
+    experts: Tensor
+    """The experts stored, sorted, shape (E,)."""
+    channels_EW: Tensor
+    """Their channels, each row sorted but for what fills it up: channels that are not kept, at its end."""
+    filled_EW: Tensor
+    """Which of these are kept."""
+
+
+ALIGNED = 8
+"""Stored widths of experts are multiples of it where the dense width is: grouped matrix products want rows of a
+multiple of 16 bytes, which are 8 values of bfloat16."""
+
+FEWEST_EXPERTS = 2
+"""A mixture with one expert is not read back by transformers 5."""
+
+
+def packed(group: Group, kept: Tensor, width: int | None = None) -> Packed:
+    """The layout of `kept` (sorted indices over all experts).
+
+    Every expert gets `width` channels; or (None) experts without a unit are left out, if they have no biases, and the
+    others are as wide as the widest of them, rounded up to `ALIGNED`.
+    """
+    assert group.experts, f"{group.name} has no experts"
+    open_EC = torch.zeros(group.units, dtype=torch.bool, device="cpu")
+    open_EC[kept.cpu()] = True
+    open_EC = open_EC.unflatten(0, (group.experts, group.width))
+    counts_E = open_EC.sum(1)
+    experts = torch.arange(group.experts)
+    if width is None:
+        width = aligned(group, int(counts_E.max()))
+        if not group.shared:
+            order_E = counts_E.bool().logical_not().byte().argsort(stable=True)
+            experts = order_E[: max(FEWEST_EXPERTS, int(counts_E.count_nonzero()))].sort().values
+    assert int(counts_E.max()) <= width <= group.width, f"{group.name}: {width} channels are too few or too many"
+    open_EC = open_EC[experts]
+    order_EC = open_EC.logical_not().byte().argsort(dim=1, stable=True)  # the open ones first, both in order
+    channels_EW = order_EC[:, :width]
+    return Packed(experts, channels_EW, open_EC.gather(1, channels_EW))
+
+
+def aligned(group: Group, width: int) -> int:
+    """The least width of experts that can be stored and is not below `width`."""
+    step = 1 if group.width % ALIGNED else ALIGNED
+    return max(1, -(-width // step)) * step
+
+
+def sliced_shapes(groups: Iterable[Group], sizes: Mapping[str, Size], shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    """Shapes after keeping `sizes[group.name]` of every group; parameters of closed sublayers are absent."""
     result = dict(shapes)
     for group in groups:
-        count = kept[group.name]
+        size = sizes[group.name]
         for s in group.slices:
             shape = list(result[s.param])
-            shape[s.dim] = shape[s.dim] // group.units * count
+            shape[s.dim] = shape[s.dim] // group.width * size.width
+            if group.experts:
+                shape[0] = size.experts
             result[s.param] = tuple(shape)
-        if count == 0:
+        if size.units == 0:
             for name in group.shared:
                 del result[name]
     return result

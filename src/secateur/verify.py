@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from secateur.attach import writer
+from secateur.slicing import fold
 from secateur.units import Group
 
 FLOAT32_TOLERANCE = 1e-5
@@ -79,14 +80,15 @@ def folded(
 
     So are `biases` into the writers' biases.
     """
-    weights = {g.name: writer(model, g).weight for g in groups}
+    weights = {g.name: model.get_parameter(g.writer) for g in groups}
     saved = {name: weight.data for name, weight in weights.items()}
-    own = {g.name: writer(model, g).bias for g in groups}
+    own = {g.name: writer(model, g).bias for g in groups if not g.experts}
     try:
         for group in groups:
-            weight = saved[group.name]
-            gate = gates[group.name].to(weight.device).repeat_interleave(weight.shape[1] // group.units)
-            weights[group.name].data = (weight.float() * gate).to(dtype).to(weight.dtype)
+            weight, gate = saved[group.name], gates[group.name]
+            gate = gate.unflatten(0, (group.experts, group.width)) if group.experts else gate
+            (s,) = (s for s in group.slices if s.param == group.writer)
+            weights[group.name].data = fold(weight, s, gate, dtype).to(weight.dtype)
             if biases and group.name in biases:
                 bias, before = biases[group.name].to(weight.device), own[group.name]
                 bias = bias if before is None else before.detach().float() + bias
@@ -95,4 +97,5 @@ def folded(
     finally:
         for group in groups:
             weights[group.name].data = saved[group.name]
-            writer(model, group).bias = own[group.name]
+            if not group.experts:
+                writer(model, group).bias = own[group.name]

@@ -1,0 +1,234 @@
+"""Mixtures of experts through the whole command line: learning, budgets and shapes, export, and what is refused."""
+
+import json
+from contextlib import ExitStack, contextmanager
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from runs import SIZES, complaint, prune_arguments, random_tokens, secateur, small_tokenizer, write_texts
+from secateur.attach import attached
+from secateur.budget import everything, largest_that_fits, make_budget
+from secateur.config import auto_recipe
+from secateur.describe import describe
+from secateur.gates import by_group
+from secateur.importance import ONE_SHOT
+from secateur.learn import learn, unseen
+from secateur.optimise import Optimiser
+from secateur.sensitivity import drawn, gate_sensitivity
+from secateur.units import packed
+
+EXPERTS, WIDTH = 4, 16
+
+
+def small_mixture(seed=0, **changes):
+    torch.manual_seed(seed)
+    own = {"num_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": WIDTH, "num_hidden_layers": 2}
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES | own | {"norm_topk_prob": True} | changes))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("mlp.gate.weight"):
+                parameter.normal_()
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mixture")
+    small_mixture().save_pretrained(folder / "dense")
+    small_tokenizer().save_pretrained(folder / "dense")
+    write_texts(folder / "text.jsonl")
+    return folder
+
+
+def only_experts(model):
+    return describe(model).only(()).groups
+
+
+def pruned(mixture, out, **options):
+    assert secateur(*prune_arguments(mixture / "dense", mixture / "text.jsonl", out, **options)) == 0
+    return json.loads((out / "eval.json").read_text())
+
+
+# --- the whole way ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", ["ragged", "uniform", "padded"])
+@pytest.mark.parametrize("method", ["deterministic", "grasprune"])
+def test_a_mixture_is_pruned_exported_and_verified(mixture, tmp_path, method, shape):
+    sparsity = 0.7 if shape == "padded" else 0.3  # what the widest expert keeps, all are filled up to
+    results = pruned(mixture, tmp_path / "run", shape=shape, method=method, sparsity=sparsity)
+    assert json.loads((tmp_path / "run" / "verify.json").read_text())["passed"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", trust_remote_code=shape != "uniform")
+    assert model.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=4, do_sample=False).shape[1] > 3
+    figures = results["pruned"]
+    assert figures["parameters"] == sum(p.numel() for p in model.parameters())
+    assert figures["active_parameters"] < figures["parameters"]
+    assert figures["active_parameters"] < results["dense"]["active_parameters"]
+
+
+@pytest.mark.parametrize("method", sorted(ONE_SHOT.keys() - {"flap"}))
+def test_every_baseline_scores_experts(mixture, tmp_path, method):
+    results = pruned(mixture, tmp_path / "run", method=method, sparsity=0.5)
+    assert results["pruned"]["parameters"] < results["dense"]["parameters"]
+
+
+def test_attention_and_experts_share_one_budget(mixture, tmp_path):
+    run = tmp_path / "run"
+    arguments = prune_arguments(mixture / "dense", mixture / "text.jsonl", run, sparsity=0.4)
+    assert secateur(*arguments, "--units", "heads", "expert_channels") == 0
+    widths = json.loads((run / "plan.json").read_text())["widths"]
+    assert {name.split(".")[2] for name in widths} == {"heads", "expert_channels"}
+    assert json.loads((run / "plan.json").read_text())["rounding"]["kept"] <= 0.6
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+def test_flap_has_no_place_for_its_biases(mixture, tmp_path, capsys):
+    arguments = prune_arguments(mixture / "dense", mixture / "text.jsonl", tmp_path / "run", method="flap")
+    assert "flap adds biases" in complaint(capsys, *arguments)
+
+
+def test_scores_of_experts_need_experts_alone(mixture, tmp_path, capsys):
+    arguments = prune_arguments(mixture / "dense", mixture / "text.jsonl", tmp_path / "run", method="reap")
+    assert "this run prunes heads" in complaint(capsys, *arguments, "--units", "heads", "expert_channels")
+
+
+def test_units_that_the_model_has_not(mixture, tmp_path, capsys):
+    arguments = prune_arguments(mixture / "dense", mixture / "text.jsonl", tmp_path / "run")
+    assert "no shared_channels that can be pruned" in complaint(capsys, *arguments, "--units", "shared_channels")
+
+
+# --- learning --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def routed(model):
+    """Layer and expert of all that tokens are sent to within the context."""
+    seen = set()
+    with ExitStack() as stack:
+        for i, layer in enumerate(model.model.layers):
+
+            def see(_module, args, i=i):
+                seen.update((i, e) for e in args[1].flatten().tolist())
+
+            stack.callback(layer.mlp.experts.register_forward_pre_hook(see).remove)
+        yield seen
+
+
+def test_gates_of_experts_that_no_token_reached_stay_as_they_are():
+    model = small_mixture(num_experts=16, num_experts_per_tok=1)
+    groups, ids = only_experts(model), random_tokens(1, 4)
+    limits = make_budget(groups, describe(model).shapes, 0.5, "model")
+    optimiser = Optimiser(auto_recipe(4), limits, 4, 0, torch.device("cpu"))
+    optimiser.start_from(torch.ones(len(limits.share_N)), torch.rand(len(limits.share_N)))
+    before, reached = by_group(optimiser.z_N.clone(), groups), set()
+    for _ in range(3):
+        z_N = optimiser.z_N.clone().requires_grad_()
+        with attached(model, groups, by_group(optimiser.train_gates(z_N), groups)), routed(model) as now:
+            (grad_N,) = torch.autograd.grad(model(ids).logits.square().sum(), z_N)
+        unseen_N = unseen(grad_N, groups)
+        assert unseen_N.sum() == WIDTH * (2 * 16 - len(now)) > 0
+        reached |= now
+        optimiser.advance(grad_N, 1.0, 1.0, 0.0, unseen_N)
+    after = by_group(optimiser.z_N, groups)
+    moved = set()
+    for g in groups:
+        moved_E = ((before[g.name] - after[g.name]).abs() > 1e-6).unflatten(0, (g.experts, -1)).any(1)
+        moved |= {(g.layer, e) for e in moved_E.nonzero().flatten().tolist()}
+    assert moved == reached
+
+
+def test_without_experts_nothing_is_unseen():
+    groups = describe(small_mixture()).only(("heads",)).groups
+    assert unseen(torch.zeros(sum(g.units for g in groups)), groups) is None
+
+
+def test_gradient_checkpointing_does_not_change_the_gates():
+    results = []
+    for checkpointing in (False, True):
+        model = small_mixture()
+        groups = only_experts(model)
+        limits = make_budget(groups, describe(model).shapes, 0.4, "model")
+        ids = random_tokens(12, 16)
+        passes = []
+        for layer in model.model.layers:
+            layer.mlp.experts.register_forward_pre_hook(lambda *_, passes=passes: passes.append(1))
+        learned = learn(
+            model, groups, ids, ids[:2], limits, auto_recipe(6), steps=6, batch_size=2,
+            gradient_checkpointing=checkpointing,
+        )  # fmt: skip
+        results.append((learned.z_N, len(passes)))
+    assert results[1][1] > results[0][1], "nothing was computed twice"
+    torch.testing.assert_close(results[0][0], results[1][0])
+
+
+def test_sensitivity_is_the_squared_gradient_of_the_gate_over_a_sequence():
+    model = small_mixture()
+    groups, ids = only_experts(model), random_tokens(3, 9)
+    found = gate_sensitivity(model, groups, ids, seed=3)
+    generator, expected = torch.Generator().manual_seed(3), torch.zeros_like(found)
+    for row in ids.split(1):
+        gate_N = torch.ones(len(found), requires_grad=True)
+        with attached(model, groups, by_group(gate_N, groups)):
+            logits = model(row).logits[0, :-1]
+        labels = drawn(logits.detach(), generator)
+        loss = torch.nn.functional.cross_entropy(logits, labels)
+        (grad,) = torch.autograd.grad(loss, gate_N)
+        expected += grad.square() * 8 / 3
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-9)
+
+
+# --- budgets ---------------------------------------------------------------------------------------------------------
+
+
+def test_tied_rows_leave_all_experts_of_a_layer_equally_wide():
+    model = small_mixture(moe_intermediate_size=32)
+    groups, shapes = only_experts(model), describe(model).shapes
+    limits = make_budget(groups, shapes, 0.4, "model", "rows")
+    rank_N = torch.rand(len(limits.share_N), generator=torch.Generator().manual_seed(0))
+    kept = by_group(largest_that_fits(rank_N, limits), groups)
+    widths = {g.name: kept[g.name].unflatten(0, (g.experts, -1)).sum(1).tolist() for g in groups}
+    assert all(len(set(found)) == 1 and found[0] % 8 == 0 for found in widths.values()), widths
+    share = float((limits.share_N * torch.cat(list(kept.values()))).sum())
+    assert 0.6 - 8 * EXPERTS / len(rank_N) < share <= 0.6
+    for g in groups:
+        rank_EC, kept_EC = (part[g.name].unflatten(0, (g.experts, -1)) for part in (by_group(rank_N, groups), kept))
+        for ranks, mask in zip(rank_EC, kept_EC, strict=True):
+            assert not mask.all() and ranks[mask].min() > ranks[~mask].max(), "an expert keeps its best channels"
+
+
+def test_closed_experts_go_whole_and_leave_room_for_others():
+    model = small_mixture(moe_intermediate_size=32)
+    groups, shapes = only_experts(model), describe(model).shapes
+    limits = make_budget(groups, shapes, 0.25, "model", "rows")
+    rank_N = torch.ones(len(limits.share_N))
+    closed = [by_group(rank_N, groups)[g.name].unflatten(0, (g.experts, -1))[1] for g in groups]
+    for part in closed:
+        part.fill_(-0.1)
+    kept = by_group(largest_that_fits(rank_N, limits), groups)
+    for g in groups:
+        assert kept[g.name].unflatten(0, (g.experts, -1)).sum(1).tolist() == [32, 0, 32, 32]
+        assert packed(g, kept[g.name].nonzero().flatten()).experts.tolist() == [0, 2, 3]
+
+
+def test_tied_experts_go_whole():
+    model = small_mixture()
+    groups, shapes = only_experts(model), describe(model).shapes
+    limits = make_budget(groups, shapes, 0.5, "model", "experts")
+    rank_N = torch.rand(2 * EXPERTS, generator=torch.Generator().manual_seed(1)).repeat_interleave(WIDTH)
+    kept_N = largest_that_fits(rank_N, limits)
+    assert set(kept_N.unflatten(0, (-1, WIDTH)).sum(1).tolist()) == {0, WIDTH}
+    assert kept_N.sum() == EXPERTS * WIDTH and rank_N[kept_N].min() > rank_N[~kept_N].max()
+
+
+def test_one_budget_an_expert_keeps_as_many_channels_of_each():
+    model = small_mixture(moe_intermediate_size=32)
+    groups, shapes = only_experts(model), describe(model).shapes
+    limits = make_budget(groups, shapes, 0.5, "expert", "rows")
+    assert len(limits.names) == 2 * EXPERTS
+    kept_N = largest_that_fits(torch.rand(len(limits.share_N)), limits)
+    assert kept_N.unflatten(0, (-1, 32)).sum(1).tolist() == [16] * (2 * EXPERTS)
+    assert everything(groups).allowed_C.item() == len(kept_N)
