@@ -14,9 +14,11 @@ from secateur.config import auto_recipe
 from secateur.describe import describe
 from secateur.gates import by_group
 from secateur.importance import ONE_SHOT
+from secateur.inspection import LENGTH, routing
 from secateur.learn import learn, unseen
 from secateur.optimise import Optimiser
 from secateur.sensitivity import drawn, gate_sensitivity
+from secateur.text import evaluation_text
 from secateur.units import packed
 
 EXPERTS, WIDTH = 4, 16
@@ -83,6 +85,29 @@ def test_attention_and_experts_share_one_budget(mixture, tmp_path):
     assert json.loads((run / "plan.json").read_text())["rounding"]["kept"] <= 0.6
 
 
+def test_inspect_tells_experts_active_parameters_and_routing(mixture, capsys):
+    assert secateur("inspect", mixture / "dense", "--data", mixture / "text.jsonl") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    model = small_mixture()
+    total = sum(p.numel() for p in model.parameters())
+    idle = sum(p.numel() for layer in model.model.layers for p in layer.mlp.experts.parameters()) // 2
+    assert f"{total:,} parameters" in said and f"{total - idle:,} active" in said
+    assert f"{EXPERTS} × {WIDTH}" in said
+    found, tokens = routing(str(mixture / "dense"), str(mixture / "text.jsonl"))
+    assert [r.layer for r in found] == [0, 1] and f"routing of {tokens:,} tokens" in said
+    for r in found:
+        assert sum(r.share_E) == pytest.approx(1.0) and 1.0 <= r.effective <= EXPERTS
+    seen = torch.zeros(EXPERTS)
+
+    def count(_module, args):
+        seen.add_(torch.bincount(args[1].flatten(), minlength=EXPERTS))
+
+    model.model.layers[0].mlp.experts.register_forward_pre_hook(count)
+    text = evaluation_text(str(mixture / "text.jsonl"))
+    model(small_tokenizer()(text, return_tensors="pt").input_ids[0, :tokens].view(-1, LENGTH))
+    torch.testing.assert_close(torch.tensor(found[0].share_E), seen / seen.sum())
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -94,6 +119,10 @@ def test_flap_has_no_place_for_its_biases(mixture, tmp_path, capsys):
 def test_scores_of_experts_need_experts_alone(mixture, tmp_path, capsys):
     arguments = prune_arguments(mixture / "dense", mixture / "text.jsonl", tmp_path / "run", method="reap")
     assert "this run prunes heads" in complaint(capsys, *arguments, "--units", "heads", "expert_channels")
+
+
+def test_routing_needs_experts(dense, text, capsys):
+    assert "has no fused experts" in complaint(capsys, "inspect", dense, "--data", text)
 
 
 def test_units_that_the_model_has_not(mixture, tmp_path, capsys):

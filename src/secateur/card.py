@@ -1,6 +1,6 @@
 """What a person reads of a run: the table of figures, dense against pruned, and the model card of the export."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ def summary(results: Mapping[str, Any]) -> list[Row]:
     dense, pruned = results["dense"], results["pruned"]
     figures = (
         ("parameters", "parameters", ""),
+        ("active parameters a token", "active_parameters", ""),
         ("parameters in heads and channels", "block_parameters", ""),
         ("FLOPs a token", "flops_per_token", "FLOP"),
         ("KV cache a token", "kv_bytes_per_token", "B"),
@@ -37,6 +38,8 @@ def summary(results: Mapping[str, Any]) -> list[Row]:
          f"{pruned['perplexity'] / dense['perplexity']:.2f} ×")
     ]  # fmt: skip
     for label, key, unit in figures:
+        if key == "active_parameters" and dense.get(key, dense["parameters"]) == dense["parameters"]:
+            continue  # not a mixture of experts
         change = "" if pruned[key] == dense[key] else f"−{1 - pruned[key] / dense[key]:.1%}"
         rows.append((label, human(dense[key], unit), human(pruned[key], unit), change))
     return rows + _task_rows(results.get("tasks", {}))
@@ -154,6 +157,12 @@ def _last_step(results: Mapping[str, Any]) -> tuple[float, float, float, str]:
     return rounding["held_out_learned"], rounding["held_out_planned"], rounding["open_gates"], "at the end"
 
 
+def _units(kinds: Collection[str]) -> str:
+    names = {"heads": "attention heads", "kv_groups": "attention heads", "channels": "MLP channels",
+             "expert_channels": "experts' channels", "shared_channels": "shared experts' channels"}  # fmt: skip
+    return " and ".join(dict.fromkeys(name for kind, name in names.items() if kind in kinds))
+
+
 def model_card(
     config: Config,
     shape: str,
@@ -161,12 +170,13 @@ def model_card(
     results: Mapping[str, Any] | None,
     verified: Mapping[str, Any] | None,
     updates: Sequence[str] = (),
+    kinds: Collection[str] = ("heads", "channels"),
 ) -> str:
     """README.md of the exported checkpoint: what was done, with which data, and the figures as far as known.
 
-    `updates` is what was done to its weights after pruning (updates.py).
+    `updates` is what was done to its weights after pruning (updates.py), `kinds` what its units are.
     """
-    ragged = shape == "ragged"
+    ragged = shape != "uniform"
     recipe = config.learning
     assert recipe is not None
     header = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["pruned", "secateur"]}
@@ -182,7 +192,7 @@ def model_card(
     lines = [
         "---", yaml.safe_dump(header, sort_keys=False).strip(), "---", "",
         f"# {name}, pruned by {config.sparsity:.0%}", "",
-        f"{rounding.kept:.2%} of the parameters in attention heads and MLP channels were kept, "
+        f"{rounding.kept:.2%} of the parameters in {_units(kinds)} were kept, "
         f"{_found(config.method)}. {widths}", "", "```python", "from transformers import AutoModelForCausalLM",
         f'model = AutoModelForCausalLM.from_pretrained("PATH"{code})', "```", "", "## How it was made", "",
         f"- base model: `{name}`; {_weights(config, updates)}",

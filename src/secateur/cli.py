@@ -9,7 +9,6 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -50,10 +49,12 @@ class Prune(Config):
 
 @dataclass
 class Inspect:
-    """List what can be pruned in a model, and what is refused and why. Reads no weights."""
+    """List what can be pruned in a model, and what is refused and why. Reads no weights, but for `--data`."""
 
     model: tyro.conf.Positional[str]
     """Local folder, hub id, or GGUF file."""
+    data: str | None = None
+    """Text, as for `prune`: count which experts of a mixture its tokens are sent to."""
     trust_remote_code: bool = False
     """Run modelling code that comes with the checkpoint."""
 
@@ -160,29 +161,19 @@ def prune(options: Prune) -> None:
 
 def inspect(options: Inspect) -> None:
     """`secateur inspect`."""
+    from secateur.inspection import refusals, routing, routing_table, units_table
     from secateur.load import describe_pretrained
-    from secateur.units import unit_params
 
     description, config = describe_pretrained(options.model, options.trust_remote_code)
-    total = sum(prod(shape) for shape in description.shapes.values())
-    rows: dict[tuple[str, int, int], list[int]] = {}
-    for g in description.groups:
-        rows.setdefault((g.kind, g.units, unit_params(g, description.shapes)), []).append(g.layer)
-    title = f"{options.model}: {config.model_type}, {config.num_hidden_layers} layers, {total:,} parameters"
-    table = Table(title=title, title_justify="left")
-    for column in ("units", "layers", "units a layer", "parameters a unit", "parameters", "share of model"):
-        table.add_column(column, justify="left" if column in ("units", "layers") else "right")
-    for (kind, units, params), layers in rows.items():
-        count = len(layers) * units * params
-        table.add_row(kind, _ranges(layers), f"{units:,}", f"{params:,}", f"{count:,}", f"{count / total:.1%}")
-    console.print(table)
-    console.print(f"{description.unit_parameters:,} parameters belong to units; --sparsity is a share of these.")
-    reasons: dict[str, list[str]] = {}
-    for refusal in description.refusals:
-        reasons.setdefault(refusal.reason, []).append(refusal.where)
-    for reason, places in reasons.items():
-        more = f" and {len(places) - 1} more" if len(places) > 1 else ""
-        console.print(f"stays whole: {places[0]}{more}: {reason}", markup=False)
+    console.print(units_table(options.model, description, config))
+    default = description.only(()).unit_parameters
+    which = "units" if default == description.unit_parameters else "experts' channels, which --units can add to"
+    console.print(f"{default:,} parameters belong to {which}; --sparsity is a share of these.")
+    for line in refusals(description):
+        console.print(line, markup=False)
+    if options.data is not None:
+        found, tokens = routing(options.model, options.data, trust_remote_code=options.trust_remote_code)
+        console.print(routing_table(found, tokens, options.data))
 
 
 def learn(options: Learn) -> None:
@@ -299,17 +290,6 @@ def _print_results(run: "Run", results: dict[str, Any]) -> None:
     console.print(f"time: {seconds}")
     for warning in warnings(results):
         console.print(f"[yellow]warning:[/yellow] {warning}")
-
-
-def _ranges(layers: Sequence[int]) -> str:
-    """[0, 1, 2, 5] → `0–2, 5`."""
-    spans: list[list[int]] = []
-    for layer in sorted(layers):
-        if spans and layer == spans[-1][-1] + 1:
-            spans[-1].append(layer)
-        else:
-            spans.append([layer])
-    return ", ".join(f"{s[0]}–{s[-1]}" if len(s) > 1 else str(s[0]) for s in spans)
 
 
 def _defaults(arguments: Sequence[str]) -> Prune | None:

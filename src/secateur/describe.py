@@ -50,6 +50,11 @@ class Description:
         """Parameters that belong to units: what a sparsity of 1 would remove."""
         return sum(g.units * unit_params(g, self.shapes) for g in self.groups)
 
+    @property
+    def kinds(self) -> frozenset[str]:
+        """What there is of units."""
+        return frozenset(g.kind for g in self.groups)
+
     def only(self, kinds: Collection[str]) -> "Description":
         """The same model with the units of some kinds alone (`--units`). None said: the channels of a mixture's
         experts, as in the paper (method §1), or all units of any other model. Raises InputError when none are left."""

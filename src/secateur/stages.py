@@ -90,7 +90,7 @@ def export_stage(session: Session, shape: str | None = None) -> None:
             loaded.description,
             plan,
             run.model,
-            card=model_card(c, plan.shape, rounding, None, None),
+            card=model_card(c, plan.shape, rounding, None, None, kinds=loaded.description.kinds),
             max_shard_size=c.max_shard_size,
             dtype=loaded.checkpoint_dtype,
             base_model=public_name(c.model),
@@ -261,13 +261,13 @@ def recover_stage(session: Session) -> list[str]:
 
 def _update(session: Session, tensors: Mapping[str, torch.Tensor], update: str) -> None:
     """Puts other weights into the export, and says so in its card; figures of the earlier weights go."""
-    run, (plan, rounding) = session.run, _planned(session)
+    run, (plan, rounding), kinds = session.run, _planned(session), session.loaded.description.kinds
     updates = [*updates_of(run.model), update]
     rewrite_weights(
         run.model,
         tensors,
         update,
-        {"README.md": model_card(session.config, plan.shape, rounding, None, None, updates)},
+        {"README.md": model_card(session.config, plan.shape, rounding, None, None, updates, kinds)},
     )
     run.eval.unlink(missing_ok=True)
 
@@ -308,7 +308,8 @@ def eval_stage(session: Session) -> dict[str, Any]:
     results["seconds"] = read_json(run.timings, "secateur prune")
     write_json(run.eval, results)
     verified = read_json(run.verify, f"secateur verify {run.folder}") if run.verify.exists() else None
-    write_text(run.model / "README.md", model_card(c, plan.shape, rounding, results, verified, results["updates"]))
+    card = model_card(c, plan.shape, rounding, results, verified, results["updates"], description.kinds)
+    write_text(run.model / "README.md", card)
     return results
 
 
