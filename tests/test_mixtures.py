@@ -261,3 +261,17 @@ def test_one_budget_an_expert_keeps_as_many_channels_of_each():
     kept_N = largest_that_fits(torch.rand(len(limits.share_N)), limits)
     assert kept_N.unflatten(0, (-1, 32)).sum(1).tolist() == [16] * (2 * EXPERTS)
     assert everything(groups).allowed_C.item() == len(kept_N)
+
+
+# --- larger than memory ----------------------------------------------------------------------------------------------
+
+
+def test_an_export_from_disk_is_the_same_to_the_byte(mixture, tmp_path):
+    run = tmp_path / "run"
+    pruned(mixture, run, max_shard_size="20KB")
+    before = {path.name: path.read_bytes() for path in (run / "model").glob("*.safetensors")}
+    assert len(before) > 2
+    assert secateur("export", run, "--low-memory") == 0
+    assert before == {path.name: path.read_bytes() for path in (run / "model").glob("*.safetensors")}
+    assert not list(run.glob("offload-*"))
+    assert secateur("verify", run) == 0

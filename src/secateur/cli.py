@@ -81,6 +81,10 @@ class Plan:
 class Export(Plan):
     """Write the pruned checkpoint, RUN/model. With --shape, plan anew for that shape first."""
 
+    low_memory: bool = False
+    """Leave the dense weights on disk and cut one after the other: for models larger than memory. Takes a second copy
+    of them in the run folder meanwhile. Memory: the largest weight, and a shard of `--max-shard-size` of the run."""
+
 
 @dataclass
 class Verify:
@@ -193,7 +197,7 @@ def plan(options: Plan) -> None:
 def export(options: Export) -> None:
     """`secateur export`."""
     run = _open(options.run)
-    _staged(run, "export_stage", shape=options.shape)
+    _staged(run, "export_stage", shape=options.shape, low_memory=options.low_memory)
     console.print(f"wrote {run.model}", markup=False, soft_wrap=True)
 
 

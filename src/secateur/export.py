@@ -35,6 +35,7 @@ from secateur import modeling_pruned
 from secateur.describe import Description, head_dim
 from secateur.experts import is_fused
 from secateur.files import InputError, replacing, write_json, write_text
+from secateur.load import weight_of
 from secateur.plan import Plan
 from secateur.slicing import added_biases, pruned_shapes, sliced
 from secateur.units import Group, whole
@@ -62,7 +63,8 @@ def export(
 ) -> None:
     """Writes the pruned checkpoint to `folder`, which appears when it is complete and replaces what was there.
 
-    `tokenizer` may be None; `card` is the README.md; `dtype` None keeps each weight's own. Memory: model and a shard.
+    `tokenizer` may be None; `card` is the README.md; `dtype` None keeps each weight's own. Memory: the model, if
+    its weights are not offloaded to disk, and a shard.
     Raises InputError when the plan's widths cannot be said in the shape it asks for.
     """
     stock = _stock_class(type(model))
@@ -267,7 +269,11 @@ def _check_shapes(skeleton: nn.Module, description: Description, plan: Plan) -> 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters, tied ones once, then the buffers that checkpoints hold."""
-    yield from ((name, parameter.data) for name, parameter in model.named_parameters())
+    yield from ((name, weight_of(model, name)) for name, _ in model.named_parameters())
+    yield from _buffers(model)
+
+
+def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     yield from ((name, tensor) for name, tensor in model.state_dict().items() if name not in parameters)
 
@@ -286,7 +292,7 @@ def _write_weights(
     model: PreTrainedModel, description: Description, plan: Plan, folder: Path, max_shard_size: int | str, dtype: Any
 ) -> None:
     """Safetensors files, each written when its last tensor has been cut."""
-    on_meta = ((name, tensor.to("meta")) for name, tensor in _tensors(model))
+    on_meta = ((name, parameter.to("meta")) for name, parameter in [*model.named_parameters(), *_buffers(model)])
     shards = split_torch_state_dict_into_shards(
         dict(_as_shipped(model, sliced(on_meta, description, plan, dtype))),
         filename_pattern="model{suffix}.safetensors",

@@ -6,6 +6,7 @@ Only safetensors and GGUF weights are read, never pickles; code from a checkpoin
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -34,19 +35,24 @@ class Loaded:
     """dtype that the checkpoint's weights are kept in, which the export keeps."""
 
 
-def load(name: str, device: str, dtype: str, trust_remote_code: bool) -> Loaded:
-    """Loads a causal LM and its tokenizer, in eval mode and without gradients. Raises InputError with one line."""
+def load(name: str, device: str, dtype: str, trust_remote_code: bool, offload: Path | None = None) -> Loaded:
+    """Loads a causal LM and its tokenizer, in eval mode and without gradients. Raises InputError with one line.
+
+    With a folder to `offload` to, weights stay on disk, where accelerate reads each one when it is needed
+    (`weight_of`): memory for the largest of them.
+    """
     where = _source(name)
     description, config = describe_pretrained(name, trust_remote_code)  # refuses before any weight is read
     target = pick_device(device)
     own_dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    wanted = own_dtype if target.type != "cpu" else torch.float32
+    wanted = own_dtype if target.type != "cpu" or offload else torch.float32
     model = _one_line(
         lambda: AutoModelForCausalLM.from_pretrained(
             **where,
             dtype=wanted if dtype == "auto" else getattr(torch, dtype),
             use_safetensors=None if "gguf_file" in where else True,
             trust_remote_code=trust_remote_code,
+            **({} if offload is None else {"device_map": {"": "disk"}, "offload_folder": str(offload)}),
         ),
         f"cannot load the weights of {name}",
     )
@@ -54,8 +60,19 @@ def load(name: str, device: str, dtype: str, trust_remote_code: bool) -> Loaded:
         lambda: AutoTokenizer.from_pretrained(**where, trust_remote_code=trust_remote_code),
         f"cannot load the tokenizer of {name}",
     )
-    model = model.to(target).eval().requires_grad_(False)
-    return Loaded(model, tokenizer, description, own_dtype)
+    model = model.eval().requires_grad_(False)
+    return Loaded(model if offload else model.to(target), tokenizer, description, own_dtype)
+
+
+def weight_of(model: torch.nn.Module, name: str) -> torch.Tensor:
+    """A parameter's values, read from disk where accelerate has offloaded them."""
+    parameter = model.get_parameter(name).data
+    if not parameter.is_meta:
+        return parameter
+    module, _, own = name.rpartition(".")
+    offloaded: Any = model.get_submodule(module)
+    value: torch.Tensor = offloaded._hf_hook.weights_map[own]
+    return value
 
 
 def describe_pretrained(name: str, trust_remote_code: bool = False) -> tuple[Description, PreTrainedConfig]:

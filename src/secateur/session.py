@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -55,6 +56,8 @@ class Session:
 
     run: Run
     progress: Progress = field(default_factory=Progress)
+    offload: Path | None = None
+    """Where weights are kept on disk instead of in memory."""
 
     def autocast(self) -> torch.autocast:
         """The context that passes of learning run in (`--precision`)."""
@@ -72,7 +75,7 @@ class Session:
         for data in {c.data, c.eval_data} - {SELF, None}:
             local_files(str(data))  # a wrong path shows before a large model is loaded
         with self.timed("load"):
-            loaded = load(c.model, c.device, c.dtype, c.trust_remote_code)
+            loaded = load(c.model, c.device, c.dtype, c.trust_remote_code, self.offload)
             return replace(loaded, description=loaded.description.only(c.units))
 
     @cached_property

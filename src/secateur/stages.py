@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from math import prod
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -77,8 +78,17 @@ def _planned(session: Session) -> tuple[Plan, Rounding]:
     return replace(plan, means=load_gates(session.run.gates, groups, architecture).means), rounding
 
 
-def export_stage(session: Session, shape: str | None = None) -> None:
-    """Writes the pruned checkpoint, RUN/model; plans anew first when a shape is asked for that the plan has not."""
+def export_stage(session: Session, shape: str | None = None, low_memory: bool = False) -> None:
+    """Writes the pruned checkpoint, RUN/model; plans anew first when a shape is asked for that the plan has not.
+
+    With `low_memory` the dense weights stay on disk (a second copy, in the run folder, gone at the end).
+    """
+    with TemporaryDirectory(prefix="offload-", dir=session.run.folder) as folder:
+        session.offload = Path(folder) if low_memory else None
+        _export(session, shape)
+
+
+def _export(session: Session, shape: str | None) -> None:
     run, c, loaded = session.run, session.config, session.loaded
     plan, rounding = _planned(session)
     if shape not in (None, plan.shape):

@@ -248,8 +248,10 @@ def _experts(sublayer: Sublayer) -> Group:
 
 def _channelwise(module: Any, width: int) -> bool:
     """Whether the experts' activation gives channel j from channel j alone, in the layout that its attributes say."""
-    rows = torch.randn(1, width * (2 if module.has_gate else 1), generator=torch.Generator().manual_seed(0))
-    half = torch.arange(max(1, width // 2))
+    rows = torch.randn(
+        1, width * (2 if module.has_gate else 1), generator=torch.Generator().manual_seed(0), device="cpu"
+    )
+    half = torch.arange(max(1, width // 2), device="cpu")
     copies = 2 if module.has_gate and module.is_concatenated else 1
     block = rows.shape[1] // (copies * width)
     fewer = rows.unflatten(1, (copies, width, block))[:, :, half].flatten(1)
