@@ -3,8 +3,8 @@
     python benchmarks/export_memory.py [--gigabytes 6] [--limit 4] [--folder DIR]
 
 Writes a Qwen3-30B-A3B-shaped model (its layers' sizes, fewer of them) in bfloat16, shard by shard, with a random plan
-that keeps half of all channels; then runs `secateur export --low-memory` in a control group whose memory is limited, and
-prints the peak. Without `--low-memory` the kernel kills the same command. Needs Linux and root; nothing here says
+that keeps half of all channels; then runs `secateur export --low-memory` in a control group whose memory is limited,
+and prints the peak. Without `--low-memory` the kernel kills the same command. Needs Linux and root; nothing here says
 anything about quality.
 """
 

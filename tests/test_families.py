@@ -43,6 +43,7 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v3": ("deepseek_v3", LATENT | ONE_GROUP),
     "deepseek_v3, groups of experts": ("deepseek_v3", LATENT | GROUPED | {"norm_topk_prob": False}),
     "glm4_moe": ("glm4_moe", ONE_GROUP),
+    "deepseek": ("deepseek", MIXTURE | {"first_k_dense_replace": 1, "num_key_value_heads": 6}),
     "qwen3_moe, weights as they are": ("qwen3_moe", MIXTURE | {"norm_topk_prob": False}),
     "olmoe": ("olmoe", MIXTURE),
 }
@@ -129,6 +130,8 @@ MIXTURE_CASES: dict[str, dict[str, Any]] = {
 }
 
 
+WITH_SHARED = ("qwen2_moe", "deepseek", "deepseek_v2", "deepseek_v3", "glm4_moe")
+
 WITH_BIASES = ("gpt_oss", "whole experts")
 """Experts with biases give these without any channel, too: none can go, and nothing becomes smaller."""
 
@@ -160,10 +163,9 @@ def test_dropped_experts_are_passed_over_by_every_implementation(
 def test_everything_in_a_mixture_can_be_pruned(family: str) -> None:
     model_type, changes = MIXTURES[family]
     description = describe(tiny(model_type, **changes))
-    shared = "shared_channels" if model_type in ("qwen2_moe", "deepseek_v2", "deepseek_v3", "glm4_moe") else None
-    kinds = {g.kind for g in description.groups if g.layer == 1}
-    heads = {"olmoe": set(), "deepseek_v2": {"heads"}, "deepseek_v3": {"heads"}}.get(model_type, {"kv_groups"})
-    assert kinds == {"expert_channels"} | ({shared} if shared else set()) | heads
+    shared = {"shared_channels"} if model_type in WITH_SHARED else set()
+    heads = {"olmoe": set()}.get(model_type, {"heads" if model_type.startswith("deepseek") else "kv_groups"})
+    assert {g.kind for g in description.groups if g.layer == 1} == {"expert_channels"} | shared | heads
     experts = {"norm" in r.reason for r in description.refusals}
     assert experts == ({True} if model_type == "olmoe" else set())
 

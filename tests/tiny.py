@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from secateur.attach import attached
 from secateur.describe import Description
+from secateur.families import FAMILIES, build
 from secateur.plan import Plan
 
 COMMON = {
@@ -31,9 +32,11 @@ LATENT |= {"num_key_value_heads": 6, "head_dim": None}
 def tiny(model_type: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A float32 model of three layers in which nothing is zero or one: norms and biases are random, too."""
     values = COMMON | changes
-    config = AutoConfig.for_model(model_type, **{key: value for key, value in values.items() if value is not None})
+    values = {key: value for key, value in values.items() if value is not None}
+    own = FAMILIES.get(model_type)
+    config = own[0](**values) if own else AutoConfig.for_model(model_type, **values)
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = build(config).float()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:

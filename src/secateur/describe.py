@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from secateur.experts import is_fused
+from secateur.families import model_class
 from secateur.files import InputError
 from secateur.sublayers import RefusedError, Sublayer, attention, cache_of, parts_of
 from secateur.units import Group, Shapes, Size, sliced_shapes, unit_params
@@ -115,7 +116,7 @@ def check_causal(config: PreTrainedConfig) -> None:
         raise InputError(f"{config.model_type} is an encoder–decoder model; Secateur prunes decoder-only causal LMs")
     if config.get_text_config() is not config:
         raise InputError(f"{config.model_type} is a multimodal model; pass the checkpoint of its text model alone")
-    known = type(config) in AutoModelForCausalLM._model_mapping
+    known = type(config) in AutoModelForCausalLM._model_mapping or model_class(config) is not AutoModelForCausalLM
     if not known and "AutoModelForCausalLM" not in getattr(config, "auto_map", {}):
         raise InputError(f"{config.model_type} is not a causal language model that transformers can build")
 

@@ -7,13 +7,14 @@ class that the user will load is built on the meta device, and its shapes are co
 """
 
 import copy
-import importlib.util
+import importlib
 import json
 import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,8 +23,6 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
     MistralForCausalLM,
     MistralModel,
     PreTrainedConfig,
@@ -31,7 +30,7 @@ from transformers import (
 )
 from transformers.core_model_loading import revert_weight_conversion
 
-from secateur import modeling_pruned
+from secateur import families, modeling_pruned
 from secateur.describe import Description, head_dim
 from secateur.experts import is_fused
 from secateur.files import InputError, replacing, write_json, write_text
@@ -74,6 +73,8 @@ def export(
         raise InputError("a uniform shape has no place for the biases that stand for removed units; use --shape ragged")
     with replacing(folder) as temporary:
         temporary.mkdir()
+        if stock.__module__.startswith(families.__name__):
+            values = values | _travelling(stock, temporary)
         if plan.shape == "uniform" or "auto_map" not in ragged:
             skeleton = _write_uniform(values, stock, description, plan, temporary)
         else:
@@ -195,7 +196,7 @@ def _write_uniform(
 def _stock_skeleton(values: dict[str, Any], folder: Path) -> nn.Module:
     write_json(folder / "config.json", values)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        return families.build(families.config_class(values).from_pretrained(folder))
 
 
 def _biases(values: dict[str, Any]) -> list[str]:
@@ -220,7 +221,7 @@ def _as_mistral(values: dict[str, Any]) -> dict[str, Any]:
 def _stock_class(cls: type) -> type[PreTrainedModel]:
     """The class of transformers itself that `cls` is or, in a checkpoint pruned before, extends."""
     for base in cls.__mro__:
-        if base.__module__.startswith("transformers.models."):
+        if base.__module__.startswith(("transformers.models.", families.__name__)):
             return base
     raise InputError(
         f"{cls.__name__} is code from a checkpoint, not from transformers; its pruned form cannot be written"
@@ -231,26 +232,36 @@ def _modeling_text(stock: type[PreTrainedModel], stock_base: type[PreTrainedMode
     """modeling_pruned.py with the imports of this architecture in the place of Llama's."""
     text = Path(modeling_pruned.__file__).read_text(encoding="utf-8")
     for cls, alias in ((stock.config_class, "StockConfig"), (stock, "StockForCausalLM"), (stock_base, "StockModel")):
-        line = f"from {cls.__module__} import {cls.__name__} as {alias}"
+        own = cls.__module__.startswith(families.__name__)  # such a file travels beside this one
+        module = f".{cls.__module__.rpartition('.')[2]}" if own else cls.__module__
+        line = f"from {module} import {cls.__name__} as {alias}"
         text, count = re.subn(rf"^from .* as {alias}  # stock$", line, text, flags=re.MULTILINE)
         assert count == 1, f"no import of {alias} in {MODELING_FILE}"
     return text
 
 
+def _travelling(stock: type[PreTrainedModel], folder: Path) -> dict[str, Any]:
+    """Puts the file of a model that transformers lacks into the checkpoint; what config.json says of it."""
+    source = Path(str(sys.modules[stock.__module__].__file__))
+    write_text(folder / source.name, source.read_text(encoding="utf-8"))
+    name = stock.__name__.removesuffix("ForCausalLM")
+    classes = {"AutoConfig": f"{name}Config", "AutoModel": f"{name}Model", "AutoModelForCausalLM": stock.__name__}
+    return {"auto_map": {auto: f"{source.stem}.{cls}" for auto, cls in classes.items()}}
+
+
 def _pruned_skeleton(folder: Path) -> nn.Module:
     """The model on the meta device, built by the very files that go into the checkpoint."""
-    name = f"secateur_export_{id(folder)}"
-    spec = importlib.util.spec_from_file_location(name, folder / MODELING_FILE)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up while the class is made
+    package = ModuleType(f"secateur_export_{id(folder)}")
+    package.__path__ = [str(folder)]
+    sys.modules[package.__name__] = package
     try:
-        spec.loader.exec_module(module)
+        module = importlib.import_module(f"{package.__name__}.{MODELING_FILE.removesuffix('.py')}")
         config = module.PrunedConfig.from_pretrained(folder)
         with torch.device("meta"):
             return module.PrunedForCausalLM(config)
     finally:
-        del sys.modules[name]
+        for name in [n for n in sys.modules if n.partition(".")[0] == package.__name__]:
+            del sys.modules[name]
 
 
 def _check_shapes(skeleton: nn.Module, description: Description, plan: Plan) -> None:

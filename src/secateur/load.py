@@ -13,7 +13,6 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -21,6 +20,7 @@ from transformers import (
 )
 
 from secateur.describe import Description, check_causal, describe
+from secateur.families import build, config_class, model_class
 from secateur.files import InputError
 
 
@@ -47,7 +47,7 @@ def load(name: str, device: str, dtype: str, trust_remote_code: bool, offload: P
     own_dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     wanted = own_dtype if target.type != "cpu" or offload else torch.float32
     model = _one_line(
-        lambda: AutoModelForCausalLM.from_pretrained(
+        lambda: model_class(config).from_pretrained(
             **where,
             dtype=wanted if dtype == "auto" else getattr(torch, dtype),
             use_safetensors=None if "gguf_file" in where else True,
@@ -80,7 +80,7 @@ def describe_pretrained(name: str, trust_remote_code: bool = False) -> tuple[Des
     config = load_config_of(name, trust_remote_code)
     with torch.device("meta"):
         skeleton = _one_line(
-            lambda: AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code),
+            lambda: build(config, trust_remote_code),
             f"cannot build {name} from its configuration",
         )
     return describe(skeleton), config
@@ -88,10 +88,15 @@ def describe_pretrained(name: str, trust_remote_code: bool = False) -> tuple[Des
 
 def load_config_of(name: str, trust_remote_code: bool) -> PreTrainedConfig:
     """The configuration of a model, checked to be a causal LM's. Raises InputError with one line."""
-    config = _one_line(
-        lambda: AutoConfig.from_pretrained(**_source(name), trust_remote_code=trust_remote_code),
-        f"cannot read the configuration of {name}",
-    )
+    where = _source(name)
+
+    def read() -> PreTrainedConfig:
+        found = AutoConfig if "gguf_file" in where else config_class(PreTrainedConfig.get_config_dict(**where)[0])
+        own = {"trust_remote_code": trust_remote_code} if found is AutoConfig else {}
+        config: PreTrainedConfig = found.from_pretrained(**where, **own)
+        return config
+
+    config = _one_line(read, f"cannot read the configuration of {name}")
     check_causal(config)
     return config
 
