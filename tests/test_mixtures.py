@@ -5,6 +5,7 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from runs import SIZES, complaint, prune_arguments, random_tokens, secateur, small_tokenizer, write_texts
@@ -17,7 +18,9 @@ from secateur.importance import ONE_SHOT
 from secateur.inspection import LENGTH, routing
 from secateur.learn import learn, unseen
 from secateur.optimise import Optimiser
+from secateur.planning import compare_shapes
 from secateur.sensitivity import drawn, gate_sensitivity
+from secateur.stages import open_session
 from secateur.text import evaluation_text
 from secateur.units import packed
 
@@ -263,6 +266,25 @@ def test_one_budget_an_expert_keeps_as_many_channels_of_each():
     assert everything(groups).allowed_C.item() == len(kept_N)
 
 
+# --- weights after pruning -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_experts_are_trained_on_and_the_checkpoint_keeps_its_form(mixture, tmp_path, kind):
+    run = tmp_path / "run"
+    pruned(mixture, run, sparsity=0.4)
+    before = load_file(run / "model" / "model.safetensors")
+    assert secateur("recover", run, "--recover", kind, "--recover-rank", "2") == 0
+    after = load_file(run / "model" / "model.safetensors")
+    assert {name: t.shape for name, t in before.items()} == {name: t.shape for name, t in after.items()}
+    experts = [name for name in before if ".mlp.experts." in name]
+    assert experts and sum(not torch.equal(before[name], after[name]) for name in experts) > len(experts) // 2
+    model = AutoModelForCausalLM.from_pretrained(run / "model", trust_remote_code=True)
+    assert torch.isfinite(model(torch.tensor([[3, 4, 5]])).logits).all()
+    losses = [json.loads(line)["loss"] for line in (run / "recover.jsonl").read_text().splitlines()]
+    assert min(losses[-3:]) < losses[0]
+
+
 # --- larger than memory ----------------------------------------------------------------------------------------------
 
 
@@ -275,3 +297,28 @@ def test_an_export_from_disk_is_the_same_to_the_byte(mixture, tmp_path):
     assert before == {path.name: path.read_bytes() for path in (run / "model").glob("*.safetensors")}
     assert not list(run.glob("offload-*"))
     assert secateur("verify", run) == 0
+
+
+# --- what each shape costs -------------------------------------------------------------------------------------------
+
+
+def test_shapes_are_compared_before_anything_is_written(mixture, tmp_path, capsys):
+    run = tmp_path / "run"
+    results = pruned(mixture, run, sparsity=0.5)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "timings.json"}
+    capsys.readouterr()
+    assert secateur("plan", run, "--compare") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert {path: path.read_bytes() for path in before} == before
+    costs, refused = compare_shapes(open_session(run))
+    assert [c.shape for c in costs] == ["dense", "ragged", "uniform", "padded"] and not refused
+    dense, ragged, uniform, padded = costs
+    assert ragged.sizes.parameters == results["pruned"]["parameters"] <= padded.sizes.parameters
+    assert ragged.held_out == pytest.approx(results["rounding"]["held_out_planned"])
+    assert uniform.sizes.parameters < dense.sizes.parameters
+    for cost in costs:
+        assert f"{cost.held_out:.3f}" in said
+    for shape, cost in (("uniform", uniform), ("padded", padded)):
+        assert secateur("export", run, "--shape", shape) == 0
+        model = AutoModelForCausalLM.from_pretrained(run / "model", trust_remote_code=True)
+        assert sum(p.numel() for p in model.parameters()) == cost.sizes.parameters

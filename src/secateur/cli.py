@@ -75,12 +75,18 @@ class Plan:
     """Folder of the run."""
     shape: Shape | None = None
     """Widths that differ by layer, or the same in all layers (default: the run's)."""
+    compare: bool = False
+    """Say what each shape would cost in loss and save in bytes and FLOPs, and write nothing."""
 
 
 @dataclass
-class Export(Plan):
+class Export:
     """Write the pruned checkpoint, RUN/model. With --shape, plan anew for that shape first."""
 
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    shape: Shape | None = None
+    """Widths that differ by layer, or the same in all layers (default: the plan's)."""
     low_memory: bool = False
     """Leave the dense weights on disk and cut one after the other: for models larger than memory. Takes a second copy
     of them in the run folder meanwhile. Memory: the largest weight, and a shard of `--max-shard-size` of the run."""
@@ -187,6 +193,14 @@ def learn(options: Learn) -> None:
 
 def plan(options: Plan) -> None:
     """`secateur plan`."""
+    if options.compare:
+        from secateur.planning import shapes_table
+
+        costs, refused = _staged(_open(options.run), "compare_shapes")
+        console.print(shapes_table(costs))
+        for line in refused:
+            console.print(f"not possible: {line}", markup=False)
+        return
     _plan, rounding = _staged(_open(options.run), "plan_stage", shape=options.shape)
     console.print(
         f"{rounding.kept:.2%} of the unit parameters kept ({rounding.allowed:.2%} allowed, {rounding.open_gates:.2%} "

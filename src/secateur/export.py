@@ -289,7 +289,7 @@ def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from ((name, tensor) for name, tensor in model.state_dict().items() if name not in parameters)
 
 
-def _as_shipped(model: PreTrainedModel, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+def as_shipped(model: PreTrainedModel, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """Fused experts under the names that the model's checkpoints have for them, which stock servers read."""
     fused = {f"{name}." for name, module in model.named_modules() if is_fused(module)}
     for name, tensor in tensors:
@@ -305,13 +305,13 @@ def _write_weights(
     """Safetensors files, each written when its last tensor has been cut."""
     on_meta = ((name, parameter.to("meta")) for name, parameter in [*model.named_parameters(), *_buffers(model)])
     shards = split_torch_state_dict_into_shards(
-        dict(_as_shipped(model, sliced(on_meta, description, plan, dtype))),
+        dict(as_shipped(model, sliced(on_meta, description, plan, dtype))),
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=max_shard_size,
     )
     file_of = {name: file for file, names in shards.filename_to_tensors.items() for name in names}
     pending: dict[str, dict[str, Tensor]] = {file: {} for file in shards.filename_to_tensors}
-    for name, tensor in _as_shipped(model, sliced(_tensors(model), description, plan, dtype)):
+    for name, tensor in as_shipped(model, sliced(_tensors(model), description, plan, dtype)):
         file = file_of[name]
         pending[file][name] = tensor.contiguous().cpu()
         if len(pending[file]) == len(shards.filename_to_tensors[file]):

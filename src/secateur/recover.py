@@ -2,7 +2,8 @@
 
 The paper learns gates only and leaves weights to future work. The loss is that of the gates (method.md section 3):
 L_ce + η KL(teacher ‖ student), on the run's calibration tokens once more. `lora` trains low-rank updates of every
-linear map in the layers (Hu et al. 2021, arXiv 2106.09685), by PEFT, and merges them: the checkpoint keeps its format.
+linear map in the layers (Hu et al. 2021, arXiv 2106.09685), those of fused experts included, by PEFT, and merges them:
+the checkpoint keeps its format.
 `full` trains all weights of the layers. Embeddings, output head and final norm stay as they are.
 
 Shape suffixes: N rows, B batch, T positions, V vocabulary.
@@ -21,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from secateur.experts import is_fused, reader
 from secateur.files import InputError, replacing
 from secateur.objective import distillation_loss
 
@@ -143,14 +145,22 @@ def _trainable(
             "--recover lora needs PEFT, which is not installed; run: pip install 'secateur[recover]'"
         ) from None
     targets = [n for n, m in student.named_modules() if isinstance(m, nn.Linear) and n.startswith(inside)]
-    config = LoraConfig(r=settings.rank, lora_alpha=settings.rank, lora_dropout=0.0, target_modules=targets)
+    fused = [f"{n}.{p}" for n, m in student.named_modules() if is_fused(m) for p in (reader(m), "down_proj")]
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.rank,
+        lora_dropout=0.0,
+        target_modules=targets,
+        target_parameters=[name for name in fused if name.startswith(inside)] or None,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         adapted = get_peft_model(student, config).eval()
 
     def merged() -> dict[str, Tensor]:
         plain = adapted.merge_and_unload()
-        return {f"{name}.weight": plain.get_submodule(name).weight.detach() for name in targets}
+        names = [*(f"{name}.weight" for name in targets), *fused]
+        return {name: plain.get_parameter(name).detach() for name in names}
 
     yield adapted, {name: p for name, p in adapted.named_parameters() if p.requires_grad}, merged
 

@@ -6,7 +6,6 @@
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,17 +15,19 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from secateur.attach import attached, compensation, writer
-from secateur.budget import everything, figures, make_budget
+from secateur.budget import everything, figures
 from secateur.card import model_card, public_name
-from secateur.config import Config, tie_of
+from secateur.config import Config
 from secateur.evaluate import perplexity, windows
-from secateur.export import export
+from secateur.export import as_shipped, export
 from secateur.files import InputError, read_json, write_json, write_text
 from secateur.gates import Gates, load_gates, save_gates
 from secateur.learn import learn
 from secateur.methods import find_gates
 from secateur.overlap import overlap
-from secateur.plan import Plan, Rounding, load_plan, make_plan, save_plan
+from secateur.plan import Plan, Rounding, load_plan, save_plan
+from secateur.planning import compare_shapes as compare_shapes
+from secateur.planning import plan_for
 from secateur.recover import LR, Recovery, recover
 from secateur.refit import Refit, kept_groups, normal_equations, refit
 from secateur.run import new_run, open_run, recorded
@@ -58,17 +59,9 @@ def learn_stage(session: Session) -> Gates:
 
 def plan_stage(session: Session, shape: str | None = None) -> tuple[Plan, Rounding]:
     """Rounds the gates to the budget: RUN/plan.json."""
-    run, c, description = session.run, session.config, session.loaded.description
-    shape = shape or c.shape
-    gates = load_gates(run.gates, description.groups, session.architecture)
-    if shape == "uniform" and gates.means is not None:
-        raise InputError(f"--method {c.method} adds biases, which --shape uniform has no place for; use --shape ragged")
-    scope = "expert" if shape == "uniform" else c.per
-    assert scope is not None
-    limits = make_budget(description.groups, description.shapes, c.sparsity, scope, tie_of(c.method, shape))
     with session.timed("plan"):
-        plan, rounding = make_plan(gates, limits, shape, partial(session.held_out_loss, means=gates.means))
-        save_plan(run.plan, plan, rounding, session.architecture)
+        plan, rounding = plan_for(session, shape or session.config.shape)
+        save_plan(session.run.plan, plan, rounding, session.architecture)
     return plan, rounding
 
 
@@ -264,7 +257,7 @@ def recover_stage(session: Session) -> list[str]:
             checkpoint_every=c.checkpoint_every,
             on_step=on_step,
         )
-        _update(session, tensors, f"recover-{c.recover}")
+        _update(session, dict(as_shipped(student, tensors.items())), f"recover-{c.recover}")
     run.recovery.unlink(missing_ok=True)
     return updates_of(run.model)
 
