@@ -9,20 +9,25 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from runs import SIZES, complaint, prune_arguments, random_tokens, secateur, small_tokenizer, write_texts
+from secateur import refit as refitting
 from secateur.attach import attached
 from secateur.budget import everything, largest_that_fits, make_budget
 from secateur.config import auto_recipe
 from secateur.describe import describe
+from secateur.experts import inside_experts
+from secateur.export import export
 from secateur.gates import by_group
 from secateur.importance import ONE_SHOT
 from secateur.inspection import LENGTH, routing
 from secateur.learn import learn, unseen
 from secateur.optimise import Optimiser
 from secateur.planning import compare_shapes
+from secateur.refit import normal_equations, refit
 from secateur.sensitivity import drawn, gate_sensitivity
 from secateur.stages import open_session
 from secateur.text import evaluation_text
 from secateur.units import packed
+from tiny import random_plan
 
 EXPERTS, WIDTH = 4, 16
 
@@ -283,6 +288,50 @@ def test_experts_are_trained_on_and_the_checkpoint_keeps_its_form(mixture, tmp_p
     assert torch.isfinite(model(torch.tensor([[3, 4, 5]])).logits).all()
     losses = [json.loads(line)["loss"] for line in (run / "recover.jsonl").read_text().splitlines()]
     assert min(losses[-3:]) < losses[0]
+
+
+def test_refit_solves_for_every_expert_over_the_tokens_sent_to_it(mixture, monkeypatch, tmp_path):
+    teacher = small_mixture()
+    description = describe(teacher).only(())
+    plan = random_plan(description, close_experts=(2,))
+    export(teacher, None, description, plan, tmp_path / "model")
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "model", trust_remote_code=True).eval()
+    rows, ridge = random_tokens(40, 16), 0.3
+    group = description.groups[0]
+    pack, experts = plan.pack(group), teacher.model.layers[0].mlp.experts
+    stored = student.model.layers[0].mlp.experts.down_proj.detach().clone()
+    read = {e: [] for e in range(EXPERTS)}
+    with inside_experts(teacher, {group.gate_at: lambda e, x, pi: (read[e].append(x * pi), x)[1]}), torch.no_grad():
+        for row in rows.split(1):
+            teacher(row)
+    equations = normal_equations(teacher, description.groups, plan, rows)
+    losses = iter([2.0, 1.0])
+    monkeypatch.setattr(refitting, "RIDGES", (ridge,))
+    monkeypatch.setattr(refitting, "mean_loss", lambda *_: next(losses))
+    weights, done = refit(student, equations, rows[:2])
+    assert done.ridge == ridge and set(weights) == {g.writer for g in description.groups}
+    assert pack.experts.tolist() == [0, 1, 3]
+    for place, e in enumerate(pack.experts.tolist()):
+        x_TC, filled_W = torch.cat(read[e]).double(), pack.filled_EW[place]
+        x = x_TC[:, pack.channels_EW[place][filled_W]]
+        weight = stored[place][:, filled_W].double()
+        lacks = x_TC @ experts.down_proj[e].double().T - x @ weight.T
+        a = torch.cat([x, (ridge * x.square().sum(0)).sqrt().diag()])
+        b = torch.cat([lacks, lacks.new_zeros(x.shape[1], lacks.shape[1])])
+        expected = (weight + torch.linalg.lstsq(a, b).solution.T).float()
+        found = weights[group.writer][place]
+        torch.testing.assert_close(found[:, filled_W], expected, rtol=1e-3, atol=1e-4)
+        assert not found[:, ~filled_W].any(), "what only fills up stays zero"
+
+
+def test_refit_and_gates_in_turns_keep_the_checkpoint_whole(mixture, monkeypatch, tmp_path):
+    losses = iter([9.0 - i for i in range(100)])
+    monkeypatch.setattr(refitting, "mean_loss", lambda *_: next(losses))
+    pruned(mixture, tmp_path / "run", sparsity=0.4, steps=10)
+    assert secateur("refit", tmp_path / "run", "--refit-rounds", "2") == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", trust_remote_code=True)
+    assert torch.isfinite(model(torch.tensor([[3, 4, 5]])).logits).all()
+    assert len(json.loads((tmp_path / "run" / "refit.json").read_text())) == 2
 
 
 # --- larger than memory ----------------------------------------------------------------------------------------------

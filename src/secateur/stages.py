@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from secateur.attach import attached, compensation, writer
+from secateur.attach import attached, compensation
 from secateur.budget import everything, figures
 from secateur.card import model_card, public_name
 from secateur.config import Config
@@ -32,7 +32,7 @@ from secateur.recover import LR, Recovery, recover
 from secateur.refit import Refit, kept_groups, normal_equations, refit
 from secateur.run import new_run, open_run, recorded
 from secateur.session import Session
-from secateur.slicing import added_biases, pruned_shapes
+from secateur.slicing import added_biases, fold, pruned_shapes
 from secateur.text import evaluation_text
 from secateur.units import Group
 from secateur.updates import rewrite_weights, updates_of
@@ -194,7 +194,7 @@ def refit_stage(session: Session) -> list[Refit]:
             weights, result = refit(student, equations, blocks.held_out_NT)
             tensors |= weights
             done.append(result)
-        _update(session, tensors, "refit")
+        _update(session, dict(as_shipped(student, tensors.items())), "refit")
         write_json(run.refit, [asdict(result) for result in done])
     return done
 
@@ -219,9 +219,10 @@ def _regated(session: Session, student: PreTrainedModel, groups: Sequence[Group]
     )
     weights = {}
     for group, gate_K in zip(groups, learned.value_N.split([g.units for g in groups]), strict=True):
-        linear = writer(student, group)
-        linear.weight.data *= gate_K.repeat_interleave(linear.in_features // group.units).to(linear.weight.dtype)
-        weights[f"{group.gate_at}.weight"] = linear.weight.data
+        (s,), weight = group.slices, student.get_parameter(group.writer)
+        shape = (group.experts, group.width) if group.experts else (group.units,)
+        weight.data = fold(weight.data, s, gate_K.view(shape), None)
+        weights[group.writer] = weight.data
     return weights
 
 
