@@ -1,6 +1,7 @@
 """Mixtures of experts through the whole command line: learning, budgets and shapes, export, and what is refused."""
 
 import json
+import shutil
 from contextlib import ExitStack, contextmanager
 
 import pytest
@@ -131,6 +132,39 @@ def test_scores_of_experts_need_experts_alone(mixture, tmp_path, capsys):
 
 def test_routing_needs_experts(dense, text, capsys):
     assert "has no fused experts" in complaint(capsys, "inspect", dense, "--data", text)
+
+
+def test_experts_that_are_not_all_alike_stay_whole_with_the_reason():
+    model = small_mixture()
+    experts = model.model.layers[1].mlp.experts
+    experts.down_proj = torch.nn.Parameter(experts.down_proj[:, :, 1:])
+    description = describe(model)
+    assert [g.layer for g in description.groups if g.experts] == [0]
+    (refusal,) = description.refusals
+    assert refusal.where.endswith("layers.1.mlp.experts")
+    assert "are not those of 4 experts alike, of width 15" in refusal.reason
+
+
+def test_experts_whose_activation_mixes_channels_stay_whole():
+    model = small_mixture()
+    model.model.layers[0].mlp.experts._apply_gate = lambda x: x.chunk(2, dim=-1)[0].cumsum(-1)
+    assert any("activation does not treat every channel by itself" in r.reason for r in describe(model).refusals)
+
+
+def test_experts_in_a_list_of_modules_are_not_fused():
+    model = small_mixture()
+    mlp = torch.nn.Module()
+    mlp.experts = torch.nn.ModuleList(torch.nn.Linear(32, 32) for _ in range(3))
+    model.model.layers[0].mlp = mlp
+    assert any("not fused tensors in the layout of transformers" in r.reason for r in describe(model).refusals)
+
+
+def test_an_unknown_experts_implementation_is_named(mixture, tmp_path, capsys):
+    broken = shutil.copytree(mixture / "dense", tmp_path / "dense")
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {"experts_implementation": "nonsense"}))
+    arguments = prune_arguments(broken, mixture / "text.jsonl", tmp_path / "run")
+    assert 'experts_implementation="nonsense"' in complaint(capsys, *arguments)
 
 
 def test_units_that_the_model_has_not(mixture, tmp_path, capsys):

@@ -19,6 +19,9 @@ HELD_OUT_TOKENS = 4096
 STUDIED = "smollm2"
 """The model that the whole study runs on; any other one repeats the main rows."""
 
+MIXTURE = "smollm2-moe"
+"""The mixture of experts that benchmarks/moe/upcycle.py makes: experts' channels, and baselines for them."""
+
 STEPS_25K, STEPS_100K, STEPS_400K = 50, 200, 800
 
 AFTERWARDS: dict[str, dict[str, Any]] = {
@@ -34,6 +37,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no-kd": {"kd_weight": 0.0},
     "no-binarise": {"binarise": False},
     "paper": {"recipe": "paper"},
+    "per-layer": {"per": "layer"},
+    "per-expert": {"per": "expert"},
+    "uniform": {"shape": "uniform"},
+    "padded": {"shape": "padded"},
     **AFTERWARDS,
 }
 """Name of a variant → the settings in which it differs from the defaults."""
@@ -101,7 +108,8 @@ class Cell:
 def cells_of(model: str) -> tuple[Cell, ...]:
     """The cells of a model, first what tells most. A cell that is named twice runs once; one waits that needs a setting
     which this version has not."""
-    cells = dict.fromkeys(_study(model) if model == STUDIED else _main_rows(model))
+    planned = {STUDIED: _study, MIXTURE: _mixture}.get(model, _main_rows)
+    cells = dict.fromkeys(planned(model))
     known = {field.name for field in fields(Config)}
     return tuple(cell for cell in cells if cell.settings.keys() <= known)
 
@@ -130,6 +138,14 @@ def _study(model: str) -> list[Cell]:
 def _main_rows(model: str) -> list[Cell]:
     methods = ("deterministic", "sensitivity", "flap", "wanda-sp", "hard-concrete", "grasprune")
     return [Cell(model, m, s) for s, m in product((0.2, 0.5), methods)]
+
+
+def _mixture(model: str) -> list[Cell]:
+    shares = (0.2, 0.4, 0.6)
+    cells = [Cell(model, m, s) for s, m in product(shares, ("deterministic", "sensitivity", *OF_EXPERTS))]
+    cells += [Cell(model, "deterministic", s, variant=v) for v, s in product(("per-layer", "per-expert"), shares)]
+    cells += [Cell(model, "deterministic", 0.4, variant=v) for v in ("uniform", "padded")]
+    return cells + [Cell(model, m, 0.4) for m in ("magnitude", "wanda-sp", "grasprune")]
 
 
 def _curve(method: str, sparsity: float) -> bool:

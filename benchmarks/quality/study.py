@@ -127,7 +127,8 @@ class Study:
     def session(self, run: Run, screen: Screen) -> Session:
         """A session that shares the dense model with all others."""
         session = Session(run, screen)
-        session.loaded, session.bos = self.loaded, self.bos
+        session.loaded = replace(self.loaded, description=self.loaded.description.only(run.config.units))
+        session.bos = self.bos
         return session
 
 

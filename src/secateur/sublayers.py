@@ -251,7 +251,7 @@ def _channelwise(module: Any, width: int) -> bool:
     rows = torch.randn(
         1, width * (2 if module.has_gate else 1), generator=torch.Generator().manual_seed(0), device="cpu"
     )
-    half = torch.arange(max(1, width // 2), device="cpu")
+    half = torch.arange(width - 1, -1, -2, device="cpu").flip(0)  # every other one, the last among them
     copies = 2 if module.has_gate and module.is_concatenated else 1
     block = rows.shape[1] // (copies * width)
     fewer = rows.unflatten(1, (copies, width, block))[:, :, half].flatten(1)
