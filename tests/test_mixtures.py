@@ -79,6 +79,14 @@ def test_a_mixture_is_pruned_exported_and_verified(mixture, tmp_path, method, sh
     assert figures["active_parameters"] < results["dense"]["active_parameters"]
 
 
+def test_a_mixture_in_bfloat16_is_verified_in_its_own_dtype(mixture, tmp_path):
+    small_mixture().to(torch.bfloat16).save_pretrained(tmp_path / "dense")
+    small_tokenizer().save_pretrained(tmp_path / "dense")
+    assert secateur(*prune_arguments(tmp_path / "dense", mixture / "text.jsonl", tmp_path / "run")) == 0
+    compared = json.loads((tmp_path / "run" / "verify.json").read_text())["comparisons"]
+    assert [c["dtype"] for c in compared] == ["bfloat16", "float32"] and all(c["passed"] for c in compared)
+
+
 @pytest.mark.parametrize("method", sorted(ONE_SHOT.keys() - {"flap"}))
 def test_every_baseline_scores_experts(mixture, tmp_path, method):
     results = pruned(mixture, tmp_path / "run", method=method, sparsity=0.5)
@@ -115,6 +123,27 @@ def test_inspect_tells_experts_active_parameters_and_routing(mixture, capsys):
     text = evaluation_text(str(mixture / "text.jsonl"))
     model(small_tokenizer()(text, return_tensors="pt").input_ids[0, :tokens].view(-1, LENGTH))
     torch.testing.assert_close(torch.tensor(found[0].share_E), seen / seen.sum())
+
+
+@pytest.mark.parametrize("renormalised", [True, False])
+def test_dropping_the_routers_rows_as_well_would_send_tokens_elsewhere(renormalised, tmp_path):
+    """Why they stay: a token that chose a closed expert would get another one, and larger weights."""
+    teacher, closed = small_mixture(norm_topk_prob=renormalised), [1, 3]
+    description = describe(teacher).only(())
+    plan = random_plan(description, close_experts=tuple(closed), share=1.0)
+    ids = random_tokens(2, 12)
+    with attached(teacher, description.groups, plan.gates(description.groups)), torch.no_grad():
+        gated = teacher(ids).logits
+    export(teacher, None, description, plan, tmp_path / "model")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "model", trust_remote_code=True)
+    smaller = small_mixture(norm_topk_prob=renormalised, num_experts=EXPERTS - 2)
+    weights = dict(exported.named_parameters())
+    for name, parameter in smaller.named_parameters():
+        kept = [0, 2] if name.endswith("mlp.gate.weight") else slice(None)
+        parameter.data.copy_(weights[name][kept])
+    with torch.no_grad():
+        torch.testing.assert_close(exported(ids).logits, gated, rtol=0, atol=1e-5)
+        assert (smaller(ids).logits - gated).abs().max() > 0.1
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

@@ -162,7 +162,7 @@ def test_weights_are_changed_after_gates_that_are_learned_once(done, tmp_path):
     assert run.gates.read_bytes() == (done.work / LEARNED.id / "gates.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("model", ["smollm2", "another"])
+@pytest.mark.parametrize("model", ["smollm2", "smollm2-moe", "another"])
 def test_cells_are_valid_settings_under_names_of_their_own(model):
     planned = cells_of(model)
     assert len({cell.id for cell in planned}) == len(planned)
