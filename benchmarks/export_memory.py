@@ -120,7 +120,7 @@ def export(run: Path, limit: float, *options: str) -> tuple[int, float, float, s
 
 
 def main() -> int:
-    """Exit code 0 if the limited export succeeded and the unlimited way failed."""
+    """Exit code 0 if the export from disk succeeded within the limit and the one in memory did not."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=6.0, help="size of the experts")
     parser.add_argument("--limit", type=float, default=4.0, help="memory the export may take, gigabytes")

@@ -29,7 +29,7 @@ def results(**changes: Any) -> dict[str, Any]:
 def test_the_table_gives_ratios_and_leaves_what_did_not_change_blank() -> None:
     rows = {row[0]: row[1:] for row in summary(results())}
     assert rows["perplexity"] == ("20.00", "30.00", "1.50 ×")
-    assert rows["parameters in heads and channels"] == ("800", "640", "−20.0%")
+    assert rows["parameters in units"] == ("800", "640", "−20.0%")
     assert rows["KV cache a token"][2] == ""
 
 

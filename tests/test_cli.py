@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from runs import complaint, leftovers, prune_arguments, same_gates, secateur
-from secateur import __version__, stages
+from secateur import __version__, planning, stages
 from secateur import export as exporting
 from secateur import gates as gating
 from secateur import learn as learning
@@ -170,7 +170,7 @@ INTERRUPTIONS = {
     "step 2 by SIGTERM": (Screen, "step", at_step(2, send(signal.SIGTERM))),
     "step 7": (Screen, "step", at_step(7, send(signal.SIGINT))),
     "saving gates": (gating, "save_file", send(signal.SIGINT)),
-    "planning": (stages, "make_plan", send(signal.SIGINT)),
+    "planning": (planning, "make_plan", send(signal.SIGINT)),
     "exporting": (exporting, "save_file", send(signal.SIGINT)),
     "verifying": (stages, "compare", send(signal.SIGINT)),
     "evaluating": (stages, "perplexity", send(signal.SIGINT)),

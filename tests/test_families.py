@@ -11,11 +11,14 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from secateur.describe import describe
+from secateur.describe import Description, describe
 from secateur.export import export
+from secateur.files import InputError
 from tiny import LATENT, MIXTURE, dense_logits, gated_logits, load, random_plan, tiny, tokens
 
 DENSE = {"first_k_dense_replace": 3}
+ONE_KEY = {"moe_intermediate_size": None}
+"""Of families whose experts' width is `intermediate_size`."""
 ONE_GROUP = MIXTURE | {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
 """A router that is free to choose. The first layer is dense."""
 SIX = dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 6)
@@ -37,7 +40,8 @@ WHOLE: dict[str, dict[str, Any]] = {
 """Attention and MLP of every layer."""
 
 MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
-    **{model_type: (model_type, MIXTURE) for model_type in ["gpt_oss", "mixtral", "qwen2_moe", "qwen3_moe"]},
+    **{model_type: (model_type, MIXTURE | ONE_KEY) for model_type in ("gpt_oss", "mixtral", "olmoe")},
+    **{model_type: (model_type, MIXTURE) for model_type in ("qwen2_moe", "qwen3_moe")},
     "deepseek_v2": ("deepseek_v2", LATENT | ONE_GROUP),
     "deepseek_v2, groups of experts": ("deepseek_v2", LATENT | GROUPED | {"topk_method": "group_limited_greedy"}),
     "deepseek_v3": ("deepseek_v3", LATENT | ONE_GROUP),
@@ -45,7 +49,6 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4_moe": ("glm4_moe", ONE_GROUP),
     "deepseek": ("deepseek", MIXTURE | {"first_k_dense_replace": 1, "num_key_value_heads": 6}),
     "qwen3_moe, weights as they are": ("qwen3_moe", MIXTURE | {"norm_topk_prob": False}),
-    "olmoe": ("olmoe", MIXTURE),
 }
 """Routed and shared experts."""
 
@@ -91,9 +94,15 @@ def build(model_type: str) -> PreTrainedModel:
     return tiny(model_type, **WHOLE.get(model_type, changes))
 
 
-def check_exactness(model: PreTrainedModel, folder: Path, close: tuple[str, ...] = (), **options: Any) -> None:
+def check_exactness(
+    model: PreTrainedModel,
+    folder: Path,
+    close: tuple[str, ...] = (),
+    description: Description | None = None,
+    **options: Any,
+) -> None:
     """The promise of the issue: the exported checkpoint computes what the gated model computed."""
-    description = describe(model)
+    description = description or describe(model)
     plan = random_plan(description, close=tuple(g.name for g in description.groups if g.name in close), **options)
     gated = gated_logits(model, description, plan, tokens())
     assert (gated - dense_logits(model, tokens())).abs().max() > 1e-3, "gates that change nothing prove nothing"
@@ -130,16 +139,49 @@ MIXTURE_CASES: dict[str, dict[str, Any]] = {
 }
 
 
+WITH_TIED = ("deepseek", "deepseek_v2", "deepseek_v3", "glm4_moe")
 WITH_SHARED = ("qwen2_moe", "deepseek", "deepseek_v2", "deepseek_v3", "glm4_moe")
 
 WITH_BIASES = ("gpt_oss", "whole experts")
 """Experts with biases give these without any channel, too: none can go, and nothing becomes smaller."""
 
 
+@pytest.mark.parametrize("units", [None, ()], ids=["all units", "experts only"])
 @pytest.mark.parametrize(("family", "case"), [pair for pair in product(MIXTURES, MIXTURE_CASES) if pair != WITH_BIASES])
-def test_mixtures_are_exact(family: str, case: str, tmp_path: Path) -> None:
+def test_mixtures_are_exact(family: str, case: str, units: tuple[()] | None, tmp_path: Path) -> None:
     model_type, changes = MIXTURES[family]
-    check_exactness(tiny(model_type, **changes), tmp_path / "model", **MIXTURE_CASES[case])
+    model = tiny(model_type, **changes)
+    description = describe(model) if units is None else describe(model).only(units)
+    if case == "uniform" and units == () and model_type in WITH_TIED:
+        with pytest.raises(InputError, match="derives the shared experts' width"):
+            description.check_shape("uniform")
+        return
+    description.check_shape("uniform" if case == "uniform" else "ragged")
+    check_exactness(model, tmp_path / "model", description=description, **MIXTURE_CASES[case])
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "glm4_moe", "deepseek", "mixtral"])
+def test_what_was_pruned_can_be_pruned_again(family: str, tmp_path: Path) -> None:
+    model_type, changes = MIXTURES[family]
+    model = tiny(model_type, **changes | {"num_experts_per_tok": 2})
+    description = describe(model)
+    export(model, None, description, random_plan(description, close_experts=(1,), share=0.8), tmp_path / "once")
+    once = load(tmp_path / "once", dtype=torch.float32)
+    again = describe(once)
+    assert {g.name for g in again.groups} == {g.name for g in description.groups}
+    check_exactness(once, tmp_path / "twice", description=again, close_experts=(2,), share=0.7, seed=5)
+
+
+def test_biases_of_routers_keep_their_precision(tmp_path: Path) -> None:
+    model_type, changes = MIXTURES["deepseek_v3"]
+    model = tiny(model_type, **changes)
+    bias = model.get_buffer("model.layers.1.mlp.gate.e_score_correction_bias")
+    bias.copy_(7.0 + 0.003 * torch.arange(len(bias)))
+    description = describe(model)
+    export(model, None, description, random_plan(description), tmp_path / "model", dtype=torch.bfloat16)
+    exported = load(tmp_path / "model", dtype=torch.bfloat16)
+    kept = exported.get_buffer("model.layers.1.mlp.gate.e_score_correction_bias")
+    assert torch.equal(kept.float(), bias)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])

@@ -84,13 +84,6 @@ def test_experts_are_packed_to_the_width_of_the_widest_and_closed_ones_left_out(
     assert pack.filled_EW.tolist() == [[True, True, True], [True, False, False]]
 
 
-def test_with_a_given_width_all_experts_stay() -> None:
-    pack = packed(EXPERTS, torch.tensor([1, 2]), 2)
-    assert pack.experts.tolist() == [0, 1, 2]
-    assert pack.channels_EW.tolist() == [[1, 2], [0, 1], [0, 1]]
-    assert pack.filled_EW.sum() == 2
-
-
 def test_two_experts_are_left_of_a_closed_mixture() -> None:
     assert packed(EXPERTS, torch.tensor([], dtype=torch.int64)).channels_EW.tolist() == [[0], [0]]
     assert packed(EXPERTS, torch.tensor([9])).experts.tolist() == [0, 2]

@@ -35,8 +35,8 @@ class Budget:
     allowed_C: torch.Tensor
     """Parameters that each constraint may keep, int64."""
     tie: Tie | None = None
-    mixtures: tuple[tuple[slice, int], ...] = ()
-    """Of each group of experts, where its units are and how many experts it has."""
+    mixtures: tuple[tuple[slice, int, bool], ...] = ()
+    """Of each group of experts, where its units are, how many experts it has, and whether these can go."""
 
     def __post_init__(self) -> None:
         total_C = torch.zeros_like(self.allowed_C).index_add(0, self.constraint_N, self.params_N)
@@ -71,12 +71,14 @@ def make_budget(groups: Sequence[Group], shapes: Shapes, sparsity: float, scope:
     """
     params = {g.name: unit_params(g, shapes) for g in groups}
     equal = scope in ("layer", "expert")
-    widths = dict(_equal_widths(groups, params, sparsity)) if equal else {}
+    if tie == "experts":
+        _check_whole_experts(groups, scope)
+    widths = dict(_equal_widths(groups, params, sparsity, tie)) if equal else {}
     allowed: dict[str, int] = {}
     numbers: dict[str, int] = {}
     constraints, mixtures, start = [], [], 0
     for g in groups:
-        mixtures += [(slice(start, start + g.units), g.experts)] if g.experts else []
+        mixtures += [(slice(start, start + g.units), g.experts, not g.shared)] if g.experts else []
         start += g.units
         parts = g.experts if scope == "expert" and g.experts else 1
         for part in range(parts):
@@ -114,6 +116,8 @@ def largest_that_fits(rank_N: torch.Tensor, limits: Budget) -> torch.Tensor:
         return _fitting(rank_N, params_N, constraint_N, limits.allowed_C).to(device)
     owner_N = _tied(rank_N, limits)
     has_N = owner_N >= 0
+    if not has_N.any():
+        return torch.zeros(len(rank_N), dtype=torch.bool, device=device)
     owner_M, count = owner_N[has_N], int(owner_N.max()) + 1
     size_O = torch.zeros(count).index_add(0, owner_M, torch.ones(len(owner_M)))
     rank_O = torch.zeros(count).index_add(0, owner_M, rank_N[has_N].float()) / size_O
@@ -141,9 +145,9 @@ def _fitting(
 
 def _tied(rank_N: torch.Tensor, limits: Budget) -> torch.Tensor:
     """The number of what each unit belongs to, shape (N,): itself, an expert, or a few rows of its layer's experts (as
-    many as `ALIGNED`). −1 for experts without a unit of rank above 0, which go whole and not by rows."""
+    many as `ALIGNED`). −1 for experts without a unit of rank above 0, which go whole, if they can, and not by rows."""
     owner_N = torch.arange(len(rank_N))
-    for where, experts in limits.mixtures:
+    for where, experts, can_go in limits.mixtures:
         rank_EC = rank_N[where].unflatten(0, (experts, -1))
         if limits.tie == "experts":
             first_E = owner_N[where].unflatten(0, (experts, -1))[:, :1]
@@ -151,7 +155,8 @@ def _tied(rank_N: torch.Tensor, limits: Budget) -> torch.Tensor:
             continue
         step = 1 if rank_EC.shape[1] % ALIGNED else ALIGNED
         row_EC = rank_EC.argsort(dim=1, descending=True, stable=True).argsort(dim=1) // step
-        owner_EC = torch.where((rank_EC > 0).any(1, keepdim=True), where.start + row_EC, -1)
+        stays_E1 = (rank_EC > 0).any(1, keepdim=True) | (not can_go)
+        owner_EC = torch.where(stays_E1, where.start + row_EC, -1)
         owner_N[where] = owner_EC.flatten()
     numbers, compact_N = owner_N.unique(return_inverse=True)
     return compact_N - int(numbers[0] < 0)
@@ -169,7 +174,17 @@ def ranked(score_N: torch.Tensor, kept_N: torch.Tensor) -> torch.Tensor:
     return torch.where(kept_N, rank_N, rank_N - 1.0)
 
 
-def _equal_widths(groups: Sequence[Group], params: Mapping[str, int], sparsity: float) -> Iterator[tuple[str, int]]:
+def _check_whole_experts(groups: Sequence[Group], scope: str) -> None:
+    """Raises InputError where experts cannot go whole."""
+    if scope == "expert":
+        raise InputError("this method removes whole experts, so equal widths of all experts contradict it")
+    if any(g.experts and g.shared for g in groups):
+        raise InputError("this method removes whole experts, and those with biases give these without any channel, too")
+
+
+def _equal_widths(
+    groups: Sequence[Group], params: Mapping[str, int], sparsity: float, tie: Tie | None
+) -> Iterator[tuple[str, int]]:
     """Units to keep of each group, or of each of its experts, so that all groups of a kind are equally wide, within the
     budget. One kind takes up what rounding leaves of it: experts' channels, else channels, else heads.
 
@@ -191,7 +206,7 @@ def _equal_widths(groups: Sequence[Group], params: Mapping[str, int], sparsity: 
     a_unit: float = sum((g.experts or 1) * params[g.name] for g in groups if g.kind == last)
     a_unit += sum(tied[g.kind] * params[g.name] for g in groups if g.kind in tied)
     kept[last] = min(filler.width, floor(allowed / a_unit + 1e-9))
-    if filler.experts and filler.width % ALIGNED == 0:
+    if filler.experts and filler.width % ALIGNED == 0 and tie != "experts":
         kept[last] = kept[last] // ALIGNED * ALIGNED
     kept |= {kind: round(kept[last] * multiple) for kind, multiple in tied.items()}
     if min(kept.values()) < 1:

@@ -28,7 +28,7 @@ def summary(results: Mapping[str, Any]) -> list[Row]:
     figures = (
         ("parameters", "parameters", ""),
         ("active parameters a token", "active_parameters", ""),
-        ("parameters in heads and channels", "block_parameters", ""),
+        ("parameters in units", "block_parameters", ""),
         ("FLOPs a token", "flops_per_token", "FLOP"),
         ("KV cache a token", "kv_bytes_per_token", "B"),
         ("weights on disk", "disk_bytes", "B"),
@@ -171,10 +171,12 @@ def model_card(
     verified: Mapping[str, Any] | None,
     updates: Sequence[str] = (),
     kinds: Collection[str] = ("heads", "channels"),
+    own_code: bool = False,
 ) -> str:
     """README.md of the exported checkpoint: what was done, with which data, and the figures as far as known.
 
     `updates` is what was done to its weights after pruning (updates.py), `kinds` what its units are.
+    `own_code`: transformers lacks the model, whose file is in the checkpoint.
     """
     ragged = shape != "uniform"
     recipe = config.learning
@@ -183,10 +185,12 @@ def model_card(
     name = public_name(config.model)
     if name == config.model:
         header["base_model"] = name
-    code = ", trust_remote_code=True" if ragged else ""
+    code = ", trust_remote_code=True" if ragged or own_code else ""
     widths = (
         "Widths differ by layer (`per_layer_config`); `modeling_pruned.py` in this folder builds them."
         if ragged
+        else "All layers have the same widths; transformers lacks the model, so its file is in this folder."
+        if own_code
         else "All layers have the same widths, so a stock class loads it and no code is needed."
     )
     lines = [

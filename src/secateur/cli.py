@@ -74,7 +74,7 @@ class Plan:
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
     shape: Shape | None = None
-    """Widths that differ by layer, or the same in all layers (default: the run's)."""
+    """Widths that differ by layer, the same in all layers, or by expert, too (default: the run's)."""
     compare: bool = False
     """Say what each shape would cost in loss and save in bytes and FLOPs, and write nothing."""
 
@@ -86,10 +86,10 @@ class Export:
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
     shape: Shape | None = None
-    """Widths that differ by layer, or the same in all layers (default: the plan's)."""
+    """Widths that differ by layer, the same in all layers, or by expert, too (default: the plan's)."""
     low_memory: bool = False
     """Leave the dense weights on disk and cut one after the other: for models larger than memory. Takes a second copy
-    of them in the run folder meanwhile. Memory: the largest weight, and a shard of `--max-shard-size` of the run."""
+    of them in the run folder meanwhile. Memory: a few times the largest weight, and a shard (`--max-shard-size`)."""
 
 
 @dataclass

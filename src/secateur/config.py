@@ -139,7 +139,7 @@ class Config:
     model: tyro.conf.Positional[str]
     """Local folder, hub id, or GGUF file of a causal language model."""
     sparsity: float
-    """Share of the parameters that belong to units (heads, channels) to remove, between 0 and 1."""
+    """Share of the parameters that belong to units (heads, channels; see `--units`) to remove, between 0 and 1."""
     method: Method = "deterministic"
     """How the units to keep are found. `deterministic` is the method of the paper; the others are baselines over the
     same units, budget and text. Gates are learned otherwise with `hard-concrete` (noise), `hard-concrete-deterministic`
@@ -175,8 +175,9 @@ class Config:
     """Press undecided gates to a side: the term λ₃ of the deterministic method, which the others do not have."""
     per: Scope | None = None
     """One budget over the whole model, one for each kind of unit, or equal widths in all layers (`layer`), and in all
-    experts of a layer, too (`expert`). Default: `expert` when the shape is uniform, `layer` for `magnitude`, `wanda-sp`
-    and `taylor-*`, whose papers do so, `kind` with the paper's recipe of gates held by multipliers, else `model`."""
+    experts of a layer, too (`expert`). Default: `expert` when the shape is uniform, `layer` for `magnitude`,
+    `wanda-sp`, `taylor-*` and the methods for experts, whose papers do so, `kind` with the paper's recipe of gates held
+    by multipliers, else `model`."""
     shape: Shape = "ragged"
     """Widths of the export: `ragged` lets every layer have its own, `uniform` gives a stock configuration, no code.
     The experts of a layer are stored equally wide in both; `padded` lets each keep what it learned to keep, and fills
@@ -228,8 +229,8 @@ class Config:
     own dtype (`float32`). `auto` is bfloat16 where the processor multiplies in it. What is planned, verified and
     evaluated is always measured in the weights' own dtype."""
     gradient_checkpointing: bool = False
-    """Compute layers once more in the backward pass instead of keeping what they computed: less memory, more time, the
-    same gates."""
+    """While gates are learned, compute layers once more in the backward pass instead of keeping what they computed:
+    less memory, more time, the same gates."""
     max_shard_size: str = "5GB"
     """Largest safetensors file of the export."""
     checkpoint_every: int = 50

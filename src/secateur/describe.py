@@ -8,7 +8,7 @@ the configuration (the model is built on the meta device).
 
 import copy
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -45,11 +45,23 @@ class Description:
     matmuls: Mapping[str, float]
     """Weights that a token is multiplied by → the share of them: 1, or the share of experts it is routed to. A tied
     embedding counts through the output head."""
+    others: tuple[Group, ...] = ()
+    """Groups that this run leaves whole (`only`)."""
 
     @property
     def unit_parameters(self) -> int:
         """Parameters that belong to units: what a sparsity of 1 would remove."""
         return sum(g.units * unit_params(g, self.shapes) for g in self.groups)
+
+    def check_shape(self, shape: str) -> None:
+        """Raises InputError where a uniform shape would cut one of two widths that a stock configuration ties: that of
+        shared experts without a key of their own follows from that of the routed ones."""
+        cut, whole = ({g.kind for g in groups if g.experts or not g.sizes} for groups in (self.groups, self.others))
+        if shape == "uniform" and cut and "shared_channels" in cut | whole and whole:
+            raise InputError(
+                "a stock configuration derives the shared experts' width from that of the routed ones: with --shape "
+                "uniform say --units expert_channels shared_channels, or use --shape ragged"
+            )
 
     @property
     def kinds(self) -> frozenset[str]:
@@ -64,7 +76,7 @@ class Description:
         if missing := sorted(wanted - present):
             raise InputError(f"this model has no {missing[0]} that can be pruned; --units can be {sorted(present)}")
         groups = tuple(g for g in self.groups if ("heads" if g.attends else g.kind) in wanted)
-        return replace(self, groups=groups)
+        return replace(self, groups=groups, others=tuple(g for g in self.groups if g not in groups))
 
 
 def describe(model: nn.Module) -> Description:
@@ -162,11 +174,23 @@ def _shares_cache(layers: nn.ModuleList, config: PreTrainedConfig) -> bool:
     return lone or bool(getattr(config, "num_kv_shared_layers", 0))
 
 
+def first_of(config: PreTrainedConfig, keys: Sequence[str]) -> int | None:
+    """The first of the keys that the configuration has."""
+    return next((value for key in keys if (value := getattr(config, key, None)) is not None), None)
+
+
+def experts_a_token(config: PreTrainedConfig) -> int | None:
+    """How many experts a router chooses; None where no known key says it."""
+    return first_of(config, ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k"))
+
+
 def _matmul_weights(model: nn.Module, config: PreTrainedConfig) -> dict[str, float]:
     names = {id(p): name for name, p in model.named_parameters()}
     shares = {names[id(m.weight)]: 1.0 for m in model.modules() if isinstance(m, nn.Linear)}
     for module in (m for m in model.modules() if is_fused(m)):
-        active = config.num_experts_per_tok / module.get_parameter("down_proj").shape[0]
+        stored = module.get_parameter("down_proj").shape[0]
+        experts = first_of(config, ("num_experts", "num_local_experts", "n_routed_experts")) or stored
+        active = min(1.0, (experts_a_token(config) or experts) / experts)
         shares |= {names[id(p)]: active for p in module.parameters() if p.ndim == 3}
     return shares
 
@@ -196,6 +220,8 @@ def _check_class(layer: nn.Module, prefix: str, group: Group, config: PreTrained
             raise RefusedError(f"{attempt} fails: {' '.join(str(error).split())}") from None
         expected = sliced_shapes([group], {group.name: Size(fewer, group.experts)}, dense)
         actual = {prefix + n: tuple(p.shape) for n, p in built.named_parameters()}
+        if group.experts:  # of a pruned checkpoint, some may be gone, which the layer's class does not know
+            expected |= {s.param: (actual[s.param][0], *expected[s.param][1:]) for s in group.slices}
         for name in (n for n in expected if n.startswith(own) and expected[n] != actual.get(n)):
             shapes = f"{actual.get(name)}, not {expected[name]}"
             raise RefusedError(f"{attempt} has {name.removeprefix(own)} of shape {shapes}")

@@ -66,7 +66,7 @@ def export(
     its weights are not offloaded to disk, and a shard.
     Raises InputError when the plan's widths cannot be said in the shape it asks for.
     """
-    stock = _stock_class(type(model))
+    stock, stock_base = _stock_classes(model)
     values = _config_values(model.config, description, dtype or model.dtype, base_model)
     ragged = _ragged(values, description, plan)
     if plan.shape == "uniform" and plan.means is not None:
@@ -78,7 +78,7 @@ def export(
         if plan.shape == "uniform" or "auto_map" not in ragged:
             skeleton = _write_uniform(values, stock, description, plan, temporary)
         else:
-            classes = stock, _stock_class(type(model.base_model))
+            classes = stock, stock_base
             if values["model_type"] == "llama" and _heads_vary(ragged) and not _biases(values):
                 # LlamaConfig reads the head count as soon as it is made, which fails where layers differ: without
                 # trust_remote_code not even the tokenizer would load.
@@ -130,7 +130,7 @@ def _ragged(values: dict[str, Any], description: Description, plan: Plan) -> dic
         """Adds an entry to a layer's list, in the place of an earlier one for the same module or beside it."""
         layer = str(group.layer)
         before = own.get(key, {}).get(layer, [])
-        kept = [e for e in before if not (instead and e[0] == entry[0])]
+        kept = [e for e in before if not (instead and (e == entry or (isinstance(e, list) and e[0] == entry[0])))]
         own[key] = {**own.get(key, {}), layer: [*kept, entry]}
 
     for group in description.groups:
@@ -138,6 +138,8 @@ def _ragged(values: dict[str, Any], description: Description, plan: Plan) -> dic
         module, _, writer = path.rpartition(".")
         if 0 < size.width < group.width or (size.width == 0 and group.sizes):
             widths.setdefault(group.layer, {}).update({key: size.width * per_unit for key, per_unit in group.sizes})
+        if group.sizes:
+            add("narrowed", group, path if group.experts else module, instead=True)
         if size.width == 0:
             add("closed", group, [group.kind, module, writer])
         elif not group.sizes:
@@ -218,10 +220,18 @@ def _as_mistral(values: dict[str, Any]) -> dict[str, Any]:
 # --- the class that will be loaded -----------------------------------------------------------------------------------
 
 
+def _stock_classes(model: PreTrainedModel) -> tuple[type[PreTrainedModel], type[PreTrainedModel]]:
+    """The classes of the causal LM and of its base model that the pruned ones extend."""
+    if model.config.model_type in families.FAMILIES:
+        _, stock, base = families.FAMILIES[model.config.model_type]
+        return stock, base
+    return _stock_class(type(model)), _stock_class(type(model.base_model))
+
+
 def _stock_class(cls: type) -> type[PreTrainedModel]:
     """The class of transformers itself that `cls` is or, in a checkpoint pruned before, extends."""
     for base in cls.__mro__:
-        if base.__module__.startswith(("transformers.models.", families.__name__)):
+        if base.__module__.startswith("transformers.models."):
             return base
     raise InputError(
         f"{cls.__name__} is code from a checkpoint, not from transformers; its pruned form cannot be written"

@@ -110,7 +110,8 @@ def _moments(model: PreTrainedModel, groups: Groups, ids_NT: torch.Tensor, on_ro
                 moments.add(args[0])
 
             stack.callback(module.register_forward_pre_hook(listen).remove)
-        read(model, ids_NT, on_row)
+        if found:
+            read(model, ids_NT, on_row)
     return found
 
 
@@ -119,7 +120,8 @@ def wanda_sp(model: PreTrainedModel, groups: Groups, ids_NT: torch.Tensor, limit
     2306.11695, equation 1, summed over structures as FLAP's authors do for their baseline Wanda-sp). An expert's inputs
     are weighted by its routing, as the sum over experts weighs them."""
     parts = []
-    moments, usage = _moments(model, groups, ids_NT, on_row), expert_usage(model, groups, ids_NT)
+    moments = _moments(model, groups, ids_NT, on_row)
+    usage = expert_usage(model, groups, ids_NT, (lambda _: None) if moments else on_row)
     for group in groups:
         if group.experts:
             parts.append((usage[group.name].squares_EC.sqrt() * column_norms(model, group, 1)).flatten())

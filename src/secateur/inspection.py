@@ -12,12 +12,12 @@ from rich.table import Table
 from transformers import PreTrainedConfig
 
 from secateur.budget import figures
-from secateur.describe import Description
+from secateur.describe import Description, experts_a_token
 from secateur.evaluate import windows
 from secateur.files import InputError
 from secateur.importance_experts import expert_usage
 from secateur.load import load
-from secateur.text import evaluation_text
+from secateur.text import evaluation_text, local_files
 from secateur.units import unit_params
 
 WINDOWS, LENGTH = 16, 512
@@ -29,7 +29,9 @@ def units_table(name: str, description: Description, config: PreTrainedConfig) -
     sizes = figures(description, None, 1)
     title = f"{name}: {config.model_type}, {config.num_hidden_layers} layers, {sizes.parameters:,} parameters"
     if sizes.active_parameters != sizes.parameters:
-        title += f", {sizes.active_parameters:,} active a token ({config.num_experts_per_tok} experts a layer)"
+        title += (
+            f", {sizes.active_parameters:,} active a token ({experts_a_token(config)} experts a layer, evenly used)"
+        )
     table = Table(title=title, title_justify="left")
     for column in ("units", "layers", "units a layer", "parameters a unit", "parameters", "share of model"):
         table.add_column(column, justify="left" if column in ("units", "layers") else "right")
@@ -69,6 +71,7 @@ class Routing:
 
 def routing(name: str, data: str, device: str = "auto", trust_remote_code: bool = False) -> tuple[list[Routing], int]:
     """Routing of the first windows of a text, by layer, and how many tokens that were. InputError without experts."""
+    local_files(data)  # a wrong path shows before a large model is loaded
     loaded = load(name, device, "auto", trust_remote_code)
     groups = tuple(g for g in loaded.description.groups if g.experts)
     if not groups:

@@ -4,6 +4,7 @@ Only safetensors and GGUF weights are read, never pickles; code from a checkpoin
 """
 
 import textwrap
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,14 +36,22 @@ class Loaded:
     """dtype that the checkpoint's weights are kept in, which the export keeps."""
 
 
-def load(name: str, device: str, dtype: str, trust_remote_code: bool, offload: Path | None = None) -> Loaded:
+def load(
+    name: str,
+    device: str,
+    dtype: str,
+    trust_remote_code: bool,
+    offload: Path | None = None,
+    units: Collection[str] | None = None,
+) -> Loaded:
     """Loads a causal LM and its tokenizer, in eval mode and without gradients. Raises InputError with one line.
 
     With a folder to `offload` to, weights stay on disk, where accelerate reads each one when it is needed
-    (`weight_of`): memory for the largest of them.
+    (`weight_of`). `units` are the kinds to prune (Description.only); None: all that there are.
     """
     where = _source(name)
     description, config = describe_pretrained(name, trust_remote_code)  # refuses before any weight is read
+    description = description if units is None else description.only(units)
     target = pick_device(device)
     own_dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     wanted = own_dtype if target.type != "cpu" or offload else torch.float32

@@ -21,8 +21,10 @@ from secateur.session import Session
 
 def find_gates(session: Session) -> Gates:
     """Gates of the run's method. Those that are learned go on from a checkpoint where one is; the others start over."""
-    c, blocks, description = session.config, session.blocks, session.loaded.description
+    c, description = session.config, session.loaded.description
     assert c.learning is not None and c.per is not None
+    description.check_shape(c.shape)  # before the text is read
+    blocks = session.blocks
     about: dict[str, Any] = {
         "architecture": session.architecture,
         "method": c.method,

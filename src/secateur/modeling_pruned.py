@@ -100,16 +100,18 @@ def narrow(layer: nn.Module, config: PreTrainedConfig, dense: PreTrainedConfig, 
     """Gives the stock layer its own widths and the biases that stand for what was removed; a sublayer of width 0 is
     replaced by what is left of it.
 
-    Only sublayers whose shapes change are built anew: some models add to their layers after building them.
+    Only modules that were pruned are taken from the narrower layer: some models add to their layers after building
+    them, and others derive the width of what was not pruned from the same key.
     """
     layer_config = copy.copy(config.per_layer_config[index])
     for key in config.per_layer_attributes or ():
         if getattr(layer_config, key) == 0:
             setattr(layer_config, key, getattr(dense, key))
-    for name, child in type(layer)(layer_config, index).named_children():
-        if [p.shape for p in child.parameters()] != [p.shape for p in getattr(layer, name).parameters()]:
-            setattr(layer, name, child)
-    own = {key: config.secateur.get(key, {}).get(str(index), []) for key in ("widths", "experts", "biases", "closed")}
+    keys = ("narrowed", "widths", "experts", "biases", "closed")
+    own = {key: config.secateur.get(key, {}).get(str(index), []) for key in keys}
+    narrower = type(layer)(layer_config, index)
+    for path in own["narrowed"]:
+        layer.set_submodule(path, narrower.get_submodule(path))
     for path, writer, width in own["widths"]:
         set_width(layer.get_submodule(path), writer, width)
     for path, kept in own["experts"]:

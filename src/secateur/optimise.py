@@ -198,7 +198,8 @@ class Optimiser:
         pressure_N = (grad_N / self.limits.weight_N * self.step_size_N).abs()
         heard = [pressure_N[(self.limits.constraint_N == c) & (pressure_N > 0)] for c in range(len(self.unit_C))]
         now_C = torch.stack([p.median() if len(p) else p.new_zeros(()) for p in heard])
-        self.unit_C = now_C if self.done == 0 else 0.9 * self.unit_C + 0.1 * now_C
+        settled_C = torch.where(self.unit_C > 0, 0.9 * self.unit_C + 0.1 * now_C, now_C)
+        self.unit_C = torch.where(now_C > 0, settled_C, self.unit_C)  # a constraint that was not heard keeps its own
         return self.unit_C
 
     def _rate(self) -> float:

@@ -35,13 +35,10 @@ class Plan:
     """`ragged` (widths differ by layer), `uniform` (the same in every layer) or `padded` (by expert, too)."""
     means: Mapping[str, torch.Tensor] | None = None
     """Group name → mean inputs of its writer, by which removed units are replaced; they stay in gates.safetensors."""
-    stored: Mapping[str, int] | None = None
-    """Group name → width of each of its experts, closed ones included; where there is none, experts that keep nothing
-    are not stored and the others are as wide as the widest of them."""
 
     def pack(self, group: Group) -> Packed:
         """How the channels of a group of experts are stored."""
-        return packed(group, self.kept[group.name], (self.stored or {}).get(group.name))
+        return packed(group, self.kept[group.name])
 
     def stored_scales(self, group: Group) -> torch.Tensor:
         """Gate values as the units are stored: shape (kept,), or (experts, width), 0 where a channel only fills up."""
@@ -126,7 +123,6 @@ def save_plan(path: Path, plan: Plan, rounding: Rounding, architecture: str) -> 
         "shape": plan.shape,
         "rounding": asdict(rounding),
         "widths": {name: len(index) for name, index in plan.kept.items()},
-        "stored": plan.stored,
         "kept": {name: index.tolist() for name, index in plan.kept.items()},
         "scales": {name: [float(f"{v:.9g}") for v in scale.tolist()] for name, scale in plan.scales.items()},
     }

@@ -23,6 +23,7 @@ from secateur.slicing import added_biases
 def plan_for(session: Session, shape: str) -> tuple[Plan, Rounding]:
     """The gates of a run, rounded to its budget for a shape. Raises InputError where that is not possible."""
     c, description = session.config, session.loaded.description
+    description.check_shape(shape)
     gates = load_gates(session.run.gates, description.groups, session.architecture)
     if shape == "uniform" and gates.means is not None:
         raise InputError(f"--method {c.method} adds biases, which --shape uniform has no place for; use --shape ragged")

@@ -113,9 +113,12 @@ def balanced(sensitivity_N: torch.Tensor, groups: tuple[Group, ...], strength: f
 
     Each layer is divided by (its geometric mean over that of all layers) to the power `strength`.
     """
-    parts = list(sensitivity_N.clamp(min=1e-30).split([g.units for g in groups]))
-    for kind in {g.kind for g in groups if not g.attends}:
-        levels = {i: parts[i].log().mean() for i, g in enumerate(groups) if g.kind == kind}
+    parts = list(sensitivity_N.split([g.units for g in groups]))
+    for kind in dict.fromkeys(g.kind for g in groups if not g.attends):
+        of_kind = [i for i, g in enumerate(groups) if g.kind == kind and (parts[i] > 0).any()]
+        levels = {i: parts[i][parts[i] > 0].log().mean() for i in of_kind}  # what no token reached says nothing
+        if not levels:
+            continue
         middle = torch.stack(list(levels.values())).mean()
         for i, level in levels.items():
             parts[i] = parts[i] * torch.exp(-strength * (level - middle))

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -75,8 +75,7 @@ class Session:
         for data in {c.data, c.eval_data} - {SELF, None}:
             local_files(str(data))  # a wrong path shows before a large model is loaded
         with self.timed("load"):
-            loaded = load(c.model, c.device, c.dtype, c.trust_remote_code, self.offload)
-            return replace(loaded, description=loaded.description.only(c.units))
+            return load(c.model, c.device, c.dtype, c.trust_remote_code, self.offload, c.units)
 
     @cached_property
     def bos(self) -> int | None:

@@ -41,11 +41,12 @@ def sliced(
             continue
         if name in cuts:
             group, s = cuts[name]
-            tensor = take(tensor, s, group, plan.kept[group.name], (plan.stored or {}).get(group.name))
+            tensor = take(tensor, s, group, plan.kept[group.name])
             if name == group.writer:
                 tensor = fold(tensor, s, plan.stored_scales(group), dtype)
             assert tuple(tensor.shape) == remaining[name], f"{name}: {tuple(tensor.shape)} is not {remaining[name]}"
-        yield name, tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+        buffer = name not in description.shapes  # keeps its dtype: routers' biases are float32 in bfloat16 models, too
+        yield name, tensor if dtype is None or buffer or not tensor.is_floating_point() else tensor.to(dtype)
 
 
 def pruned_shapes(description: Description, plan: Plan) -> dict[str, tuple[int, ...]]:

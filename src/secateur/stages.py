@@ -20,9 +20,11 @@ from secateur.card import model_card, public_name
 from secateur.config import Config
 from secateur.evaluate import perplexity, windows
 from secateur.export import as_shipped, export
+from secateur.families import FAMILIES
 from secateur.files import InputError, read_json, write_json, write_text
 from secateur.gates import Gates, load_gates, save_gates
 from secateur.learn import learn
+from secateur.load import Loaded
 from secateur.methods import find_gates
 from secateur.overlap import overlap
 from secateur.plan import Plan, Rounding, load_plan, save_plan
@@ -85,6 +87,9 @@ def _export(session: Session, shape: str | None) -> None:
     run, c, loaded = session.run, session.config, session.loaded
     plan, rounding = _planned(session)
     if shape not in (None, plan.shape):
+        if session.offload is not None:
+            again = f"secateur plan {run.folder} --shape {shape}"
+            raise InputError(f"the plan is for {plan.shape}, and --low-memory cannot plan anew; run `{again}` first")
         plan, rounding = plan_stage(session, shape)
     with session.timed("export"):
         export(
@@ -93,13 +98,18 @@ def _export(session: Session, shape: str | None) -> None:
             loaded.description,
             plan,
             run.model,
-            card=model_card(c, plan.shape, rounding, None, None, kinds=loaded.description.kinds),
+            card=model_card(c, plan.shape, rounding, None, None, (), *_about(loaded)),
             max_shard_size=c.max_shard_size,
             dtype=loaded.checkpoint_dtype,
             base_model=public_name(c.model),
         )
     for stale in (run.verify, run.eval, run.refit, run.recovery):
         stale.unlink(missing_ok=True)
+
+
+def _about(loaded: Loaded) -> tuple[frozenset[str], bool]:
+    """What the card says of the model: the kinds of its units, and whether its code travels."""
+    return loaded.description.kinds, loaded.model.config.model_type in FAMILIES
 
 
 def load_export(session: Session, dtype: torch.dtype) -> PreTrainedModel:
@@ -265,13 +275,13 @@ def recover_stage(session: Session) -> list[str]:
 
 def _update(session: Session, tensors: Mapping[str, torch.Tensor], update: str) -> None:
     """Puts other weights into the export, and says so in its card; figures of the earlier weights go."""
-    run, (plan, rounding), kinds = session.run, _planned(session), session.loaded.description.kinds
+    run, (plan, rounding) = session.run, _planned(session)
     updates = [*updates_of(run.model), update]
     rewrite_weights(
         run.model,
         tensors,
         update,
-        {"README.md": model_card(session.config, plan.shape, rounding, None, None, updates, kinds)},
+        {"README.md": model_card(session.config, plan.shape, rounding, None, None, updates, *_about(session.loaded))},
     )
     run.eval.unlink(missing_ok=True)
 
@@ -312,7 +322,7 @@ def eval_stage(session: Session) -> dict[str, Any]:
     results["seconds"] = read_json(run.timings, "secateur prune")
     write_json(run.eval, results)
     verified = read_json(run.verify, f"secateur verify {run.folder}") if run.verify.exists() else None
-    card = model_card(c, plan.shape, rounding, results, verified, results["updates"], description.kinds)
+    card = model_card(c, plan.shape, rounding, results, verified, results["updates"], *_about(loaded))
     write_text(run.model / "README.md", card)
     return results
 

@@ -156,13 +156,11 @@ def _mlp(sublayer: Sublayer) -> Group:
 
 
 def _shared_experts(sublayer: Sublayer) -> Group:
-    """An MLP beside the routed experts, which every token passes. DeepSeek's has no key: its width is a multiple of the
-    routed experts' width."""
-    config = sublayer.config
+    """An MLP beside the routed experts, which every token passes. Only Qwen's has a key of its own: the width of
+    others is a multiple of the routed experts' width."""
     writer, width, slices, common = _channels(sublayer)
-    multiple = getattr(config, "moe_intermediate_size", 0) * (getattr(config, "n_shared_experts", None) or 0)
-    key = None if width == multiple else _width_key(config, width, "shared_expert_intermediate_size")
-    sizes = [] if key is None else [(key, 1)]
+    key = "shared_expert_intermediate_size"
+    sizes = [(key, 1)] if getattr(sublayer.config, key, None) == width else []
     return _group(sublayer, "shared_channels", width, writer, slices, sizes, common)
 
 

@@ -100,7 +100,7 @@ def block_size(shape: tuple[int, ...], s: Slice, units: int) -> int:
     return block
 
 
-def take(weight: Tensor, s: Slice, group: Group, kept: Tensor, width: int | None = None) -> Tensor:
+def take(weight: Tensor, s: Slice, group: Group, kept: Tensor) -> Tensor:
     """The rows or columns of `weight` that belong to the units `kept` (sorted indices, shape (kept,)).
 
     Of experts: those that `packed` lays out.
@@ -108,7 +108,7 @@ def take(weight: Tensor, s: Slice, group: Group, kept: Tensor, width: int | None
     if not group.experts:
         return _take(weight, s, group.units, kept)
     one = Slice(s.param, s.dim - 1, s.copies)
-    pack = packed(group, kept, width)
+    pack = packed(group, kept)
     experts = zip(pack.experts.tolist(), pack.channels_EW, strict=True)
     return torch.stack([_take(weight[e], one, group.width, channels_W) for e, channels_W in experts])
 
@@ -138,27 +138,21 @@ FEWEST_EXPERTS = 2
 """A mixture with one expert is not read back by transformers 5."""
 
 
-def packed(group: Group, kept: Tensor, width: int | None = None) -> Packed:
-    """The layout of `kept` (sorted indices over all experts).
-
-    Every expert gets `width` channels; or (None) experts without a unit are left out, if they have no biases, and the
-    others are as wide as the widest of them, rounded up to `ALIGNED`.
-    """
+def packed(group: Group, kept: Tensor) -> Packed:
+    """The layout of `kept` (sorted indices over all experts): experts without a unit are left out, if they have no
+    biases, and the others are as wide as the widest of them, rounded up to `ALIGNED`."""
     assert group.experts, f"{group.name} has no experts"
     open_EC = torch.zeros(group.units, dtype=torch.bool, device="cpu")
     open_EC[kept.cpu()] = True
     open_EC = open_EC.unflatten(0, (group.experts, group.width))
     counts_E = open_EC.sum(1)
     experts = torch.arange(group.experts)
-    if width is None:
-        width = aligned(group, int(counts_E.max()))
-        if not group.shared:
-            order_E = counts_E.bool().logical_not().byte().argsort(stable=True)
-            experts = order_E[: max(FEWEST_EXPERTS, int(counts_E.count_nonzero()))].sort().values
-    assert int(counts_E.max()) <= width <= group.width, f"{group.name}: {width} channels are too few or too many"
+    if not group.shared:
+        order_E = counts_E.bool().logical_not().byte().argsort(stable=True)
+        experts = order_E[: max(FEWEST_EXPERTS, int(counts_E.count_nonzero()))].sort().values
     open_EC = open_EC[experts]
     order_EC = open_EC.logical_not().byte().argsort(dim=1, stable=True)  # the open ones first, both in order
-    channels_EW = order_EC[:, :width]
+    channels_EW = order_EC[:, : aligned(group, int(counts_E.max()))]
     return Packed(experts, channels_EW, open_EC.gather(1, channels_EW))
 
 

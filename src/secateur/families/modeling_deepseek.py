@@ -51,6 +51,7 @@ class DeepseekDecoderLayer(LlamaDecoderLayer):
 
 class DeepseekModel(LlamaModel):
     config_class = DeepseekConfig
+    _no_split_modules = ["DeepseekDecoderLayer"]  # noqa: RUF012
     _can_set_experts_implementation_cached_value = True
 
     def __init__(self, config: DeepseekConfig, *args: Any, **kwargs: Any) -> None:
@@ -61,6 +62,7 @@ class DeepseekModel(LlamaModel):
 
 class DeepseekForCausalLM(LlamaForCausalLM):
     config_class = DeepseekConfig
+    _no_split_modules = ["DeepseekDecoderLayer"]  # noqa: RUF012
     _can_set_experts_implementation_cached_value = True
 
     def __init__(self, config: DeepseekConfig, *args: Any, **kwargs: Any) -> None:
