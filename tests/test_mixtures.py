@@ -3,6 +3,7 @@
 import json
 import shutil
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -239,6 +240,20 @@ def test_gates_of_experts_that_no_token_reached_stay_as_they_are():
         moved_E = ((before[g.name] - after[g.name]).abs() > 1e-6).unflatten(0, (g.experts, -1)).any(1)
         moved |= {(g.layer, e) for e in moved_E.nonzero().flatten().tolist()}
     assert moved == reached
+
+
+def test_the_loop_leaves_them_where_they_started():
+    model = small_mixture(num_experts=16, num_experts_per_tok=1)
+    groups, ids = only_experts(model), random_tokens(2, 4)
+    limits = make_budget(groups, describe(model).shapes, 0.5, "model")
+    recipe = replace(auto_recipe(2), sensitivity_batches=0, settle=0.0)
+    with routed(model) as seen:
+        learned = learn(model, groups, ids, ids, limits, recipe, steps=2, batch_size=1)
+    moved = set()
+    for g in groups:
+        moved_E = ((by_group(learned.z_N, groups)[g.name] - 1.0).abs() > 1e-6).unflatten(0, (g.experts, -1)).any(1)
+        moved |= {(g.layer, e) for e in moved_E.nonzero().flatten().tolist()}
+    assert moved and moved <= seen and len(seen) < 2 * 16
 
 
 def test_without_experts_nothing_is_unseen():
