@@ -27,15 +27,14 @@ from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "quality"))
-from judge import CALIBRATION, TEXTS
+from judge import TEXTS, Judge, linked_calibration
 from secateur.data import load_blocks
-from secateur.evaluate import mean_loss, perplexity, windows
+from secateur.evaluate import mean_loss, perplexity
 from secateur.experts import IMPLEMENTATION
 from secateur.files import replacing, write_json
 from secateur.inspection import routing, routing_table
 from secateur.load import autocast, load
 from secateur.objective import distillation_loss
-from secateur.text import evaluation_text
 
 EXPERTS, CHOSEN, WIDTH = 8, 2, 512
 """Experts, experts a token, channels an expert: 1,024 of 1,536 dense channels are active."""
@@ -158,29 +157,23 @@ def main() -> int:
     torch.manual_seed(0)
     test = str(options.data / TEXTS["wikitext2-test"])
     if not (options.out / "config.json").exists():
-        make(options, test)
+        make(options)
     found, tokens = routing(str(options.out), test)
     console.print(routing_table(found, tokens, Path(test).name))
     return 0
 
 
-def make(options: argparse.Namespace, test: str) -> None:
+def make(options: argparse.Namespace) -> None:
     """Up-cycles, trains, measures and saves."""
     loaded = load(options.model, "cpu", "float32", trust_remote_code=False)
     dense, start = loaded.model, time.monotonic()
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    texts = options.out.parent / "calibration"
-    texts.mkdir(exist_ok=True)
-    for name in CALIBRATION:
-        if not (texts / name).exists():
-            (texts / name).symlink_to((options.data / "text" / name).resolve())
+    texts = linked_calibration(options.data, options.out.parent / "calibration")
     blocks = load_blocks(
         str(texts), loaded.tokenizer, vocab_size=dense.config.vocab_size, seq_len=SEQ_LEN,
         calibration_blocks=options.steps * BATCH, held_out_blocks=16, seed=7, epochs=4,
         cache=options.out.parent / "data.safetensors",
     )  # fmt: skip
-    tokens_T = loaded.tokenizer(evaluation_text(test, characters=20 * 512 * 12), return_tensors="pt").input_ids[0]
-    ids_NT = windows(tokens_T, 20, 512, test)
+    ids_NT = Judge(loaded.tokenizer, None, options.data).texts["wikitext2-test"]
 
     def measured(model: PreTrainedModel) -> dict[str, float]:
         return {"wikitext2": perplexity(model, ids_NT).perplexity, "held_out": mean_loss(model, blocks.held_out_NT)}

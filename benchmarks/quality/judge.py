@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.config import ONE_SHOT
 from secateur.evaluate import LOGITS_AT_ONCE, mean_loss, perplexity, windows
+from secateur.files import InputError
 from secateur.load import autocast
 from secateur.plan import load_plan
 from secateur.session import Session
@@ -41,6 +42,18 @@ TASKS = {"arc_easy": "acc_norm", "openbookqa": "acc_norm", "copa": "acc"}
 """Task, of tasks/NAME.jsonl.gz → lm-eval's metric that is reported of it, the one that papers report."""
 TASK_ITEMS = 100
 """Items a task."""
+
+
+def linked_calibration(data: Path, folder: Path) -> Path:
+    """`folder` with links to the calibration files, which `--data` reads as one text. InputError if one is missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in CALIBRATION:
+        source, link = (data / "text" / name).resolve(), folder / name
+        if not source.exists():
+            raise InputError(f"{data} holds no text/{name}; --data is the folder with text/ and tasks/")
+        if not link.exists():
+            link.symlink_to(source)
+    return folder
 
 
 @dataclass

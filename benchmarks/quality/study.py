@@ -30,7 +30,7 @@ from rich.console import Console
 from transformers.utils import logging
 
 from cells import Cell, cells_of
-from judge import CALIBRATION, Judge, curve_of, with_ones
+from judge import Judge, curve_of, linked_calibration, with_ones
 from machine import machine, versions
 from secateur.bos import leading_bos
 from secateur.budget import Figures
@@ -103,15 +103,7 @@ class Study:
     @cached_property
     def calibration(self) -> Path:
         """A folder of links to the calibration files, which `--data` reads as one text."""
-        folder = self.work / "calibration"
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in CALIBRATION:
-            source, link = (self.data / "text" / name).resolve(), folder / name
-            if not source.exists():
-                raise InputError(f"{self.data} holds no text/{name}; --data is the folder with text/ and tasks/")
-            if not link.exists():
-                link.symlink_to(source)
-        return folder
+        return linked_calibration(self.data, self.work / "calibration")
 
     def run_of(self, cell: Cell) -> Run:
         """The cell's run: one that was begun with the same settings, else a new one."""

@@ -79,7 +79,7 @@ def attached(
         for group in groups:
             gate = gates[group.name]
             if group.experts:
-                experts[group.gate_at] = _multiply_channels(gate.unflatten(0, (group.experts, group.width)))
+                experts[group.gate_at] = _multiply_channels(group.by_expert(gate))
                 continue
             module = writer(model, group)
             block = module.in_features // group.units

@@ -9,17 +9,13 @@ Shape suffixes: N units of the whole model, C constraints.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import floor, prod
-from typing import Literal
 
 import torch
 
+from secateur.config import Tie
 from secateur.describe import Description
 from secateur.files import InputError
-from secateur.units import ALIGNED, Group, Shapes, Size, sliced_shapes, unit_params, whole
-
-Tie = Literal["rows", "experts"]
-"""What of a mixture goes together: `rows`, the channels of the same rank in all experts of a layer, so that these stay
-equally wide; `experts`, all channels of an expert."""
+from secateur.units import Group, Shapes, Size, alignment, sliced_shapes, unit_params, whole
 
 
 @dataclass
@@ -153,8 +149,7 @@ def _tied(rank_N: torch.Tensor, limits: Budget) -> torch.Tensor:
             first_E = owner_N[where].unflatten(0, (experts, -1))[:, :1]
             owner_N[where] = first_E.expand_as(rank_EC).flatten()
             continue
-        step = 1 if rank_EC.shape[1] % ALIGNED else ALIGNED
-        row_EC = rank_EC.argsort(dim=1, descending=True, stable=True).argsort(dim=1) // step
+        row_EC = rank_EC.argsort(dim=1, descending=True, stable=True).argsort(dim=1) // alignment(rank_EC.shape[1])
         stays_E1 = (rank_EC > 0).any(1, keepdim=True) | (not can_go)
         owner_EC = torch.where(stays_E1, where.start + row_EC, -1)
         owner_N[where] = owner_EC.flatten()
@@ -206,8 +201,8 @@ def _equal_widths(
     a_unit: float = sum((g.experts or 1) * params[g.name] for g in groups if g.kind == last)
     a_unit += sum(tied[g.kind] * params[g.name] for g in groups if g.kind in tied)
     kept[last] = min(filler.width, floor(allowed / a_unit + 1e-9))
-    if filler.experts and filler.width % ALIGNED == 0 and tie != "experts":
-        kept[last] = kept[last] // ALIGNED * ALIGNED
+    if filler.experts and tie != "experts":
+        kept[last] -= kept[last] % alignment(filler.width)
     kept |= {kind: round(kept[last] * multiple) for kind, multiple in tied.items()}
     if min(kept.values()) < 1:
         raise InputError(f"no equal widths remove {sparsity:.0%} of the units; use --shape ragged or lower --sparsity")

@@ -88,6 +88,10 @@ Scope = Literal["model", "kind", "layer", "expert"]
 
 Shape = Literal["ragged", "uniform", "padded"]
 
+Tie = Literal["rows", "experts"]
+"""What of a mixture goes together: `rows`, the channels of the same rank in all experts of a layer, so that these stay
+equally wide; `experts`, all channels of an expert."""
+
 Kind = Literal["heads", "channels", "expert_channels", "shared_channels"]
 
 Method = Literal[
@@ -109,8 +113,8 @@ WHOLE_EXPERTS = ("frequency", "reap")
 """Methods that score experts, and remove these whole."""
 
 
-def tie_of(method: str, shape: str) -> Literal["rows", "experts"] | None:
-    """What of a mixture goes together (budget.Tie)."""
+def tie_of(method: str, shape: str) -> Tie | None:
+    """What of a mixture goes together."""
     if method in WHOLE_EXPERTS:
         return "experts"
     return None if shape == "padded" else "rows"

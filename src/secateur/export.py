@@ -37,7 +37,7 @@ from secateur.files import InputError, replacing, write_json, write_text
 from secateur.load import weight_of
 from secateur.plan import Plan
 from secateur.slicing import added_biases, pruned_shapes, sliced
-from secateur.units import Group, whole
+from secateur.units import whole
 
 EXPORT_FORMAT = 1
 MODELING_FILE = "modeling_pruned.py"
@@ -126,12 +126,15 @@ def _ragged(values: dict[str, Any], description: Description, plan: Plan) -> dic
     own: dict[str, Any] = {**values["secateur"]}
     sizes = plan.sizes(description.groups)
 
-    def add(key: str, group: Group, entry: Any, instead: bool = False) -> None:
-        """Adds an entry to a layer's list, in the place of an earlier one for the same module or beside it."""
-        layer = str(group.layer)
-        before = own.get(key, {}).get(layer, [])
-        kept = [e for e in before if not (instead and (e == entry or (isinstance(e, list) and e[0] == entry[0])))]
-        own[key] = {**own.get(key, {}), layer: [*kept, entry]}
+    def put(key: str, layer: int | str, entry: Any) -> None:
+        """Adds an entry to a layer's list, in the place of an earlier one for the same thing: what it begins with."""
+
+        def what(e: Any) -> str:
+            return str(e if isinstance(e, str) else e[0])
+
+        layers = own.get(key, {})
+        others = [e for e in layers.get(str(layer), []) if what(e) != what(entry)]
+        own[key] = {**layers, str(layer): [*others, entry]}
 
     for group in description.groups:
         size, path = sizes[group.name], group.gate_at.removeprefix(f"{description.layers}.{group.layer}.")
@@ -139,18 +142,18 @@ def _ragged(values: dict[str, Any], description: Description, plan: Plan) -> dic
         if 0 < size.width < group.width or (size.width == 0 and group.sizes):
             widths.setdefault(group.layer, {}).update({key: size.width * per_unit for key, per_unit in group.sizes})
         if group.sizes:
-            add("narrowed", group, path if group.experts else module, instead=True)
+            put("narrowed", group.layer, path if group.experts else module)
         if size.width == 0:
-            add("closed", group, [group.kind, module, writer])
+            put("closed", group.layer, [group.kind, module, writer])
         elif not group.sizes:
-            add("widths", group, [module, writer, size.width], instead=True)
+            put("widths", group.layer, [module, writer, size.width])
         if size.experts < group.experts:
             earlier = dict(own.get("experts", {}).get(str(group.layer), []))
             names = earlier.get(path, list(range(group.experts)))
-            add("experts", group, [path, [names[e] for e in plan.pack(group).experts.tolist()]], instead=True)
+            put("experts", group.layer, [path, [names[e] for e in plan.pack(group).experts.tolist()]])
     for name in added_biases(description, plan):
         layer, _, path = name.removeprefix(f"{description.layers}.").removesuffix(".bias").partition(".")
-        own["biases"] = {**own.get("biases", {}), layer: [*own.get("biases", {}).get(layer, []), path]}
+        put("biases", layer, path)
     if all(size == whole(g) for g, size in zip(description.groups, sizes.values(), strict=True)) and not widths:
         return values
     return values | {

@@ -12,8 +12,8 @@ Shape suffixes: N units of the whole model or rows of tokens, I inputs of a writ
 V weight vectors of a unit, R entries of a vector.
 """
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,7 +25,7 @@ from secateur.attach import writer
 from secateur.budget import Budget
 from secateur.config import Recipe
 from secateur.files import InputError
-from secateur.importance_experts import EXPERT_SCORES, column_norms, expert_usage
+from secateur.importance_experts import EXPERT_SCORES, column_norms, read, watching_experts
 from secateur.sensitivity import balanced, gate_sensitivity, weighted
 from secateur.units import Group, Slice
 
@@ -60,11 +60,9 @@ def magnitude(model: PreTrainedModel, groups: Groups, _ids_NT: torch.Tensor, lim
 
 def vectors(weight: torch.Tensor, s: Slice, group: Group) -> torch.Tensor:
     """A tensor of the shape of `s.param`, as the rows or columns that belong to each unit: shape (U, V, R)."""
-    experts = group.experts or 1
-    each = weight.unflatten(0, (experts, -1)) if not group.experts else weight
-    dim = s.dim + 1 if not group.experts else s.dim
-    length = each.shape[dim]
-    rows = each.movedim(dim, 1).reshape(experts, s.copies, group.width, length // (s.copies * group.width), -1)
+    each, dim = (weight, s.dim) if group.experts else (weight[None], s.dim + 1)
+    block = each.shape[dim] // (s.copies * group.width)
+    rows = each.movedim(dim, 1).reshape(len(each), s.copies, group.width, block, -1)
     return rows.transpose(1, 2).flatten(0, 1).flatten(1, 2)
 
 
@@ -72,7 +70,7 @@ def vectors(weight: torch.Tensor, s: Slice, group: Group) -> torch.Tensor:
 
 
 @dataclass
-class Moments:
+class _Moments:
     """Mean and sum of squared deviations of every input of a writer, merged row by row (Chan et al. 1983)."""
 
     mean_I: torch.Tensor
@@ -80,7 +78,6 @@ class Moments:
     count: int = 0
 
     def add(self, x: torch.Tensor) -> None:
-        """Takes in the inputs of one row, shape (..., I)."""
         x_TI = x.float().flatten(0, -2)
         count, mean_I = self.count + len(x_TI), x_TI.mean(0)
         apart_I = mean_I - self.mean_I
@@ -89,30 +86,22 @@ class Moments:
         self.count = count
 
 
-@torch.no_grad()
-def read(model: PreTrainedModel, ids_NT: torch.Tensor, on_row: OnRow) -> None:
-    """One forward pass a row, without logits, for hooks to listen to."""
-    for row, ids_T in enumerate(ids_NT, start=1):
-        model.base_model(ids_T[None], use_cache=False)
-        on_row(row)
-
-
-def _moments(model: PreTrainedModel, groups: Groups, ids_NT: torch.Tensor, on_row: OnRow) -> dict[str, Moments]:
-    """Moments of the inputs of the writers that are linear maps, over all tokens of `ids_NT`; memory O(inputs)."""
+@contextmanager
+def _watching_inputs(model: PreTrainedModel, groups: Groups) -> Iterator[dict[str, _Moments]]:
+    """Moments, by group, of the inputs of the writers that are linear maps, over all tokens that the model reads within
+    the context; memory O(inputs)."""
     found = {}
     with ExitStack() as stack:
         for group in (g for g in groups if not g.experts):
             module = writer(model, group)
             zeros_I = torch.zeros(module.in_features, device=module.weight.device)
-            moments = found[group.name] = Moments(zeros_I, zeros_I.clone())
+            moments = found[group.name] = _Moments(zeros_I, zeros_I.clone())
 
             def listen(_module, args, moments=moments):  # type: ignore[no-untyped-def]
                 moments.add(args[0])
 
             stack.callback(module.register_forward_pre_hook(listen).remove)
-        if found:
-            read(model, ids_NT, on_row)
-    return found
+        yield found
 
 
 def wanda_sp(model: PreTrainedModel, groups: Groups, ids_NT: torch.Tensor, limits: Budget, on_row: OnRow) -> Scores:
@@ -120,8 +109,8 @@ def wanda_sp(model: PreTrainedModel, groups: Groups, ids_NT: torch.Tensor, limit
     2306.11695, equation 1, summed over structures as FLAP's authors do for their baseline Wanda-sp). An expert's inputs
     are weighted by its routing, as the sum over experts weighs them."""
     parts = []
-    moments = _moments(model, groups, ids_NT, on_row)
-    usage = expert_usage(model, groups, ids_NT, (lambda _: None) if moments else on_row)
+    with _watching_inputs(model, groups) as moments, watching_experts(model, groups) as usage:
+        read(model, ids_NT, on_row)
     for group in groups:
         if group.experts:
             parts.append((usage[group.name].squares_EC.sqrt() * column_norms(model, group, 1)).flatten())
@@ -143,7 +132,8 @@ def flap(model: PreTrainedModel, groups: Groups, ids_NT: torch.Tensor, _limits: 
     parts, means = [], {}
     if any(g.experts for g in groups):
         raise InputError("--method flap adds biases, which fused experts have no place for; use another method")
-    moments = _moments(model, groups, ids_NT, on_row)
+    with _watching_inputs(model, groups) as moments:
+        read(model, ids_NT, on_row)
     for group in groups:
         m = moments[group.name]
         variance_I = m.squares_I / max(1, m.count - 1)
@@ -225,7 +215,8 @@ def of_experts(
             f"--method {method} scores experts, and this run prunes {', '.join(sorted(others))}; use --units "
             "expert_channels, on a mixture of experts"
         )
-    usage = expert_usage(model, groups, ids_NT, on_row)
+    with watching_experts(model, groups, outputs=method == "reap") as usage:
+        read(model, ids_NT, on_row)
     score = EXPERT_SCORES[method]
     return Scores(torch.cat([score(usage[g.name], model, g).flatten() for g in groups]) / limits.share_N)
 

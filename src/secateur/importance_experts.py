@@ -6,7 +6,8 @@ experts and nothing else, so these methods want `--units expert_channels`, the d
 Shape suffixes: E experts, C channels of an expert, T tokens.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +24,8 @@ class Usage:
 
     tokens_E: torch.Tensor
     """Number of tokens."""
-    routing_E: torch.Tensor
-    """Σ π."""
     output_E: torch.Tensor
-    """Σ π ‖f_e(x)‖₂."""
+    """Σ π ‖f_e(x)‖₂, where it was asked for."""
     squares_EC: torch.Tensor
     """Σ (π x_j)², x_j what channel j gives to the down projection."""
 
@@ -44,32 +43,37 @@ def column_norms(model: nn.Module, group: Group, p: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def expert_usage(
-    model: Any, groups: tuple[Group, ...], ids_NT: torch.Tensor, on_row: Callable[[int], None] = lambda _: None
-) -> dict[str, Usage]:
-    """Usage by group name, of the groups that have experts; none are read for without any."""
+def read(model: Any, ids_NT: torch.Tensor, on_row: Callable[[int], None] = lambda _: None) -> None:
+    """One forward pass a row, without logits, for hooks and the like to listen to."""
+    for row, ids_T in enumerate(ids_NT, start=1):
+        model.base_model(ids_T[None], use_cache=False)
+        on_row(row)
+
+
+@contextmanager
+def watching_experts(model: nn.Module, groups: tuple[Group, ...], outputs: bool = False) -> Iterator[dict[str, Usage]]:
+    """Usage by name of the groups that have experts, summed over what the model reads within the context.
+
+    `outputs`: what the experts give, too, which costs a down projection more of each.
+    """
     found: dict[str, Usage] = {}
     calls = {}
     for g in (g for g in groups if g.experts):
-        module = model.get_submodule(g.gate_at)
+        module: Any = model.get_submodule(g.gate_at)
         zeros_E = torch.zeros(g.experts, device=module.down_proj.device)
-        found[g.name] = Usage(zeros_E, zeros_E.clone(), zeros_E.clone(), zeros_E[:, None].repeat(1, g.width))
-        calls[g.gate_at] = _listening(module, found[g.name])
-    if calls:
-        with inside_experts(model, calls):
-            for row, ids_T in enumerate(ids_NT, start=1):
-                model.base_model(ids_T[None], use_cache=False)
-                on_row(row)
-    return found
+        found[g.name] = Usage(zeros_E, zeros_E.clone(), zeros_E[:, None].repeat(1, g.width))
+        calls[g.gate_at] = _listening(module, found[g.name], outputs)
+    with inside_experts(model, calls):
+        yield found
 
 
-def _listening(module: Any, usage: Usage) -> Inside:
+def _listening(module: Any, usage: Usage, outputs: bool) -> Inside:
     def inside(e: int, x_TC: torch.Tensor, routing_T1: torch.Tensor) -> torch.Tensor:
         x, routing = x_TC.float(), routing_T1.float()
         usage.tokens_E[e] += len(x)
-        usage.routing_E[e] += routing.sum()
-        output_TH = x @ down_projection(module, e).T
-        usage.output_E[e] += (routing[:, 0] * output_TH.norm(dim=1)).sum()
+        if outputs:
+            output_TH = x @ down_projection(module, e).T
+            usage.output_E[e] += (routing[:, 0] * output_TH.norm(dim=1)).sum()
         usage.squares_EC[e] += (routing * x).square().sum(0)
         return x_TC
 

@@ -15,7 +15,7 @@ from secateur.budget import figures
 from secateur.describe import Description, experts_a_token
 from secateur.evaluate import windows
 from secateur.files import InputError
-from secateur.importance_experts import expert_usage
+from secateur.importance_experts import read, watching_experts
 from secateur.load import load
 from secateur.text import evaluation_text, local_files
 from secateur.units import unit_params
@@ -79,7 +79,8 @@ def routing(name: str, data: str, device: str = "auto", trust_remote_code: bool 
     text = evaluation_text(data, characters=WINDOWS * LENGTH * 12)
     tokens_T = loaded.tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
     ids_NT = windows(tokens_T, WINDOWS, min(LENGTH, len(tokens_T)), data).to(loaded.model.device)
-    usage = expert_usage(loaded.model, groups, ids_NT)
+    with watching_experts(loaded.model, groups) as usage:
+        read(loaded.model, ids_NT)
     shares = {g.layer: usage[g.name].tokens_E / usage[g.name].tokens_E.sum() for g in groups}
     return [Routing(layer, tuple(share_E.tolist())) for layer, share_E in shares.items()], ids_NT.numel()
 

@@ -128,9 +128,8 @@ def learn(
             ids_BT = batches[optimiser.done].to(device)
             with torch.no_grad():
                 teacher_BTV = (teacher or model)(ids_BT, use_cache=False).logits
-            with attached(
-                model, groups, by_group(gate_N, groups)
-            ):  # to the end of the backward pass, which may recompute
+            # Gates stay on to the end of the backward pass, which may compute the layers once more.
+            with attached(model, groups, by_group(gate_N, groups)):
                 with recomputing(model, gradient_checkpointing):
                     student_BTV = model(ids_BT, use_cache=False).logits
                 loss, ce, kl = distillation_loss(

@@ -45,7 +45,7 @@ class Plan:
         if not group.experts:
             return self.scales[group.name]
         pack, gate_N = self.pack(group), self.gates([group])[group.name]
-        return gate_N.unflatten(0, (group.experts, group.width))[pack.experts].gather(1, pack.channels_EW)
+        return group.by_expert(gate_N)[pack.experts].gather(1, pack.channels_EW)
 
     def sizes(self, groups: Iterable[Group]) -> dict[str, Size]:
         """Group name → how much of it is stored."""

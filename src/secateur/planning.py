@@ -13,6 +13,7 @@ from rich.table import Table
 from secateur.budget import Figures, figures, make_budget
 from secateur.card import human
 from secateur.config import Shape, tie_of
+from secateur.describe import Description
 from secateur.files import InputError
 from secateur.gates import load_gates
 from secateur.plan import Plan, Rounding, make_plan
@@ -31,6 +32,12 @@ def plan_for(session: Session, shape: str) -> tuple[Plan, Rounding]:
     assert scope is not None
     limits = make_budget(description.groups, description.shapes, c.sparsity, scope, tie_of(c.method, shape))
     return make_plan(gates, limits, shape, partial(session.held_out_loss, means=gates.means))
+
+
+def figures_of(description: Description, plan: Plan, bytes_per_value: int) -> Figures:
+    """Exact sizes of the model that a plan leaves."""
+    added = sum(map(prod, added_biases(description, plan).values()))
+    return figures(description, plan.sizes(description.groups), bytes_per_value, added)
 
 
 @dataclass(frozen=True)
@@ -61,8 +68,7 @@ def compare_shapes(session: Session) -> tuple[list[ShapeCost], list[str]]:
         except InputError as error:
             refused.append(f"{shape}: {error}")
             continue
-        stored = plan.sizes(description.groups)
-        found = figures(description, stored, size, sum(map(prod, added_biases(description, plan).values())))
+        found, stored = figures_of(description, plan, size), plan.sizes(description.groups)
         closed = sum(g.experts - stored[g.name].experts for g in description.groups)
         costs.append(ShapeCost(shape, rounding.held_out_planned, found, found.parameters * size, closed))
     return costs, refused

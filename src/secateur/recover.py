@@ -145,13 +145,14 @@ def _trainable(
             "--recover lora needs PEFT, which is not installed; run: pip install 'secateur[recover]'"
         ) from None
     targets = [n for n, m in student.named_modules() if isinstance(m, nn.Linear) and n.startswith(inside)]
-    fused = [f"{n}.{p}" for n, m in student.named_modules() if is_fused(m) for p in (reader(m), "down_proj")]
+    experts = [(n, m) for n, m in student.named_modules() if is_fused(m) and n.startswith(inside)]
+    fused = [f"{n}.{p}" for n, m in experts for p in (reader(m), "down_proj")]
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.rank,
         lora_dropout=0.0,
         target_modules=targets,
-        target_parameters=[name for name in fused if name.startswith(inside)] or None,
+        target_parameters=fused or None,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)

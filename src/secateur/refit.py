@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from secateur.attach import writer
 from secateur.evaluate import mean_loss
 from secateur.experts import Inside, inside_experts
-from secateur.importance_experts import down_projection
+from secateur.importance_experts import down_projection, read
 from secateur.plan import Plan
 from secateur.units import Group
 
@@ -130,7 +130,7 @@ def kept_groups(groups: Sequence[Group], plan: Plan) -> list[Group]:
             g,
             units=sizes[g.name].units,
             experts=sizes[g.name].experts,
-            slices=tuple(s for s in g.slices if s.param == g.writer),
+            slices=(g.writer_slice,),
         )
         for g in kept
     ]
@@ -163,8 +163,7 @@ def normal_equations(
 
             stack.callback(linear.register_forward_hook(see).remove)
         stack.enter_context(inside_experts(teacher, calls))
-        for ids_BT in calibration_NT.split(1):
-            teacher.base_model(ids_BT.to(teacher.device), use_cache=False)
+        read(teacher, calibration_NT.to(teacher.device))
     return equations
 
 

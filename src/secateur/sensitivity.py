@@ -60,14 +60,10 @@ def gate_sensitivity(
     totals = [torch.zeros(g.units, device=device) for g in groups]
     rows = 1 if any(g.experts for g in groups) else ROWS_AT_ONCE  # experts see tokens without their sequences
     with ExitStack() as stack:
-        inside = {
-            g.gate_at: _probed(total.unflatten(0, (g.experts, g.width)), anchor)
-            for g, total in zip(groups, totals, strict=True)
-            if g.experts
-        }
-        stack.enter_context(inside_experts(model, inside))
+        experts = {}
         for group, total in zip(groups, totals, strict=True):
             if group.experts:
+                experts[group.gate_at] = _probed(group.by_expert(total), anchor)
                 continue
             module = writer(model, group)
             block = module.in_features // group.units
@@ -76,6 +72,7 @@ def gate_sensitivity(
                 return (_Probe.apply(args[0], anchor, total, block), *args[1:])
 
             stack.callback(module.register_forward_pre_hook(probe).remove)
+        stack.enter_context(inside_experts(model, experts))
         done = 0
         for ids_BT in ids_NT.split(rows):
             logits_RV = model(ids_BT, use_cache=False).logits[:, :-1].float().flatten(0, 1)

@@ -12,7 +12,7 @@ from torch import Tensor
 from secateur.attach import compensating_bias
 from secateur.describe import Description
 from secateur.plan import Plan
-from secateur.units import Group, Slice, sliced_shapes, take
+from secateur.units import Group, sliced_shapes, take
 
 
 def sliced(
@@ -43,7 +43,7 @@ def sliced(
             group, s = cuts[name]
             tensor = take(tensor, s, group, plan.kept[group.name])
             if name == group.writer:
-                tensor = fold(tensor, s, plan.stored_scales(group), dtype)
+                tensor = fold(tensor, group, plan.stored_scales(group), dtype)
             assert tuple(tensor.shape) == remaining[name], f"{name}: {tuple(tensor.shape)} is not {remaining[name]}"
         buffer = name not in description.shapes  # keeps its dtype: routers' biases are float32 in bfloat16 models, too
         yield name, tensor if dtype is None or buffer or not tensor.is_floating_point() else tensor.to(dtype)
@@ -69,12 +69,13 @@ def added_biases(description: Description, plan: Plan) -> dict[str, tuple[int, .
     return {name: shape[:1] for name, shape in names.items() if name not in description.shapes}
 
 
-def fold(weight: Tensor, s: Slice, scale: Tensor, dtype: torch.dtype | None) -> Tensor:
+def fold(weight: Tensor, group: Group, scale: Tensor, dtype: torch.dtype | None) -> Tensor:
     """The writer's weight with the columns of unit k times its gate: multiplied in float32, rounded once.
 
     `scale` has shape (units,), or (experts, units of each) for fused experts.
     """
-    columns = scale.to(weight.device, torch.float32).repeat_interleave(weight.shape[s.dim] // scale.shape[-1], dim=-1)
+    dim = group.writer_slice.dim
+    columns = scale.to(weight.device, torch.float32).repeat_interleave(weight.shape[dim] // scale.shape[-1], dim=-1)
     if weight.ndim == 3:
-        columns = columns.unsqueeze(3 - s.dim)
+        columns = columns.unsqueeze(3 - dim)
     return (weight.float() * columns).to(dtype or weight.dtype)

@@ -6,7 +6,6 @@
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -29,12 +28,12 @@ from secateur.methods import find_gates
 from secateur.overlap import overlap
 from secateur.plan import Plan, Rounding, load_plan, save_plan
 from secateur.planning import compare_shapes as compare_shapes
-from secateur.planning import plan_for
+from secateur.planning import figures_of, plan_for
 from secateur.recover import LR, Recovery, recover
 from secateur.refit import Refit, kept_groups, normal_equations, refit
 from secateur.run import new_run, open_run, recorded
 from secateur.session import Session
-from secateur.slicing import added_biases, fold, pruned_shapes
+from secateur.slicing import fold, pruned_shapes
 from secateur.text import evaluation_text
 from secateur.units import Group
 from secateur.updates import rewrite_weights, updates_of
@@ -78,8 +77,12 @@ def export_stage(session: Session, shape: str | None = None, low_memory: bool = 
 
     With `low_memory` the dense weights stay on disk (a second copy, in the run folder, gone at the end).
     """
+    session.offload = None
+    if not low_memory:
+        _export(session, shape)
+        return
     with TemporaryDirectory(prefix="offload-", dir=session.run.folder) as folder:
-        session.offload = Path(folder) if low_memory else None
+        session.offload = Path(folder)
         _export(session, shape)
 
 
@@ -229,9 +232,8 @@ def _regated(session: Session, student: PreTrainedModel, groups: Sequence[Group]
     )
     weights = {}
     for group, gate_K in zip(groups, learned.value_N.split([g.units for g in groups]), strict=True):
-        (s,), weight = group.slices, student.get_parameter(group.writer)
-        shape = (group.experts, group.width) if group.experts else (group.units,)
-        weight.data = fold(weight.data, s, gate_K.view(shape), None)
+        weight = student.get_parameter(group.writer)
+        weight.data = fold(weight.data, group, group.by_expert(gate_K), None)
         weights[group.writer] = weight.data
     return weights
 
@@ -297,8 +299,7 @@ def eval_stage(session: Session) -> dict[str, Any]:
         exported = load_export(session, next(loaded.model.parameters()).dtype)
         bytes_per_value = loaded.checkpoint_dtype.itemsize
         dense = asdict(figures(description, None, bytes_per_value)) | asdict(perplexity(loaded.model, ids_NT))
-        added = sum(map(prod, added_biases(description, plan).values()))
-        sizes = figures(description, plan.sizes(description.groups), bytes_per_value, added)
+        sizes = figures_of(description, plan, bytes_per_value)
         pruned = asdict(sizes) | asdict(perplexity(exported, ids_NT))
         dense["disk_bytes"] = dense["parameters"] * bytes_per_value
         pruned["disk_bytes"] = sum(f.stat().st_size for f in run.model.glob("*.safetensors"))

@@ -65,6 +65,15 @@ class Group:
         return f"{self.gate_at}.down_proj" if self.experts else f"{self.gate_at}.weight"
 
     @property
+    def writer_slice(self) -> Slice:
+        """Where the units lie in the writer."""
+        return next(s for s in self.slices if s.param == self.writer)
+
+    def by_expert(self, values: Tensor) -> Tensor:
+        """Values of shape (units,) as (experts, units of each), or as they are where there are no experts."""
+        return values.unflatten(0, (self.experts, self.width)) if self.experts else values
+
+    @property
     def attends(self) -> bool:
         """Whether the units are heads, or groups of them."""
         return self.kind in ("heads", "kv_groups")
@@ -144,7 +153,7 @@ def packed(group: Group, kept: Tensor) -> Packed:
     assert group.experts, f"{group.name} has no experts"
     open_EC = torch.zeros(group.units, dtype=torch.bool, device="cpu")
     open_EC[kept.cpu()] = True
-    open_EC = open_EC.unflatten(0, (group.experts, group.width))
+    open_EC = group.by_expert(open_EC)
     counts_E = open_EC.sum(1)
     experts = torch.arange(group.experts)
     if not group.shared:
@@ -156,9 +165,14 @@ def packed(group: Group, kept: Tensor) -> Packed:
     return Packed(experts, channels_EW, open_EC.gather(1, channels_EW))
 
 
+def alignment(width: int) -> int:
+    """What stored widths of experts are multiples of, where the dense width is `width`."""
+    return 1 if width % ALIGNED else ALIGNED
+
+
 def aligned(group: Group, width: int) -> int:
     """The least width of experts that can be stored and is not below `width`."""
-    step = 1 if group.width % ALIGNED else ALIGNED
+    step = alignment(group.width)
     return max(1, -(-width // step)) * step
 
 

@@ -85,10 +85,8 @@ def folded(
     own = {g.name: writer(model, g).bias for g in groups if not g.experts}
     try:
         for group in groups:
-            weight, gate = saved[group.name], gates[group.name]
-            gate = gate.unflatten(0, (group.experts, group.width)) if group.experts else gate
-            (s,) = (s for s in group.slices if s.param == group.writer)
-            weights[group.name].data = fold(weight, s, gate, dtype).to(weight.dtype)
+            weight, gate = saved[group.name], group.by_expert(gates[group.name])
+            weights[group.name].data = fold(weight, group, gate, dtype).to(weight.dtype)
             if biases and group.name in biases:
                 bias, before = biases[group.name].to(weight.device), own[group.name]
                 bias = bias if before is None else before.detach().float() + bias
