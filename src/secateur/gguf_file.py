@@ -60,6 +60,9 @@ class Written:
     zero_channels: int
     """Channels of zeros, all layers together, that stand for closed MLPs or fill rows up to blocks."""
 
+    def __str__(self) -> str:
+        return self.architecture + (f", {self.zero_channels} channels of zeros added" if self.zero_channels else "")
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -79,29 +82,33 @@ class Layer:
     width: int
 
 
-def write_gguf(checkpoint: Path, out: Path, kind: str = "f16") -> Written:
+def write_gguf(checkpoint: Path, out: Path, kind: str = "f16", *, tokenizer: bool = True) -> Written:
     """Writes the checkpoint in a folder as the GGUF file `out`, whole or not at all. Memory: the largest weight.
 
-    `kind` (`f32`, `f16` or `q8_0`) is the type of matrices; norms and biases stay float32.
+    `kind` (`f32`, `f16` or `q8_0`) is the type of matrices; norms and biases stay float32. Without its `tokenizer` the
+    file only takes and gives token ids.
     Raises InputError with one line where llama.cpp has no place for the model or its tokenizer.
     """
     try:
         import gguf
     except ModuleNotFoundError:
         raise InputError("GGUF files need the gguf package; run: pip install 'secateur[gguf]'") from None
-    from secateur.gguf_tokenizer import add_tokenizer
+    from secateur.gguf_tokenizer import add_numbers, add_tokenizer
 
     model = Checkpoint(checkpoint)
     architecture = model.architecture()
-    layers = model.layers(architecture, kind)
+    layers = model.layers(kind)
     entries = list(model.entries(architecture, layers))
     types = [_type_of(entry, kind) for entry in entries]
     with replacing(out) as temporary:
         writer = gguf.GGUFWriter(temporary, architecture)
         try:
             _add_configuration(writer, model, layers, kind)
-            tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True)
-            add_tokenizer(writer, tokenizer, model.shape("model.embed_tokens.weight")[0])
+            if tokenizer:
+                words = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True)
+                add_tokenizer(writer, words, model.vocabulary)
+            else:
+                add_numbers(writer, model.vocabulary)
             for entry, type_ in zip(entries, types, strict=True):
                 shape = gguf.quant_shape_to_byte_shape(entry.shape, type_) if type_.name == "Q8_0" else entry.shape
                 dtype = np.dtype({"F32": np.float32, "F16": np.float16, "Q8_0": np.uint8}[type_.name])
@@ -114,8 +121,7 @@ def write_gguf(checkpoint: Path, out: Path, kind: str = "f16") -> Written:
                 writer.write_tensor_data(values)
         finally:
             writer.close()
-    width = sum(shape[0] for name in model.names if name.endswith("mlp.gate_proj.weight") for shape in [model.shape(name)])
-    return Written(architecture, sum(layer.width for layer in layers) - width)
+    return Written(architecture, sum(layer.width for layer in layers) - sum(width for _, _, width in model.widths()))
 
 
 def _type_of(entry: Entry, kind: str) -> Any:
@@ -143,7 +149,7 @@ def _add_configuration(writer: Any, model: "Checkpoint", layers: list[Layer], ki
     writer.add_name(model.name)
     writer.add_file_type(gguf.LlamaFileType[{"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}[kind]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_vocab_size(model.shape("model.embed_tokens.weight")[0])
+    writer.add_vocab_size(model.vocabulary)
     writer.add_context_length(model.context())
     writer.add_embedding_length(c.hidden_size)
     writer.add_block_count(len(layers))
@@ -164,10 +170,10 @@ class Checkpoint:
         self.folder = folder
         self.config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=True)
         self.name = (getattr(self.config, "secateur", None) or {}).get("base_model") or folder.resolve().parent.name
-        self.files = {}
+        self.files: dict[str, Any] = {}
         for path in sorted(folder.glob("*.safetensors")):
             file = safe_open(path, framework="pt")
-            self.files |= {name: file for name in file.keys()}  # noqa: SIM118
+            self.files |= dict.fromkeys(file.keys(), file)
         if "model.embed_tokens.weight" not in self.files:
             raise InputError(f"{folder} holds no weights of a model that can be written as GGUF; export again")
         self._check()
@@ -192,9 +198,9 @@ class Checkpoint:
         return ("linear", "llama3") if ARCHITECTURES[self.config.model_type] == "llama" else ()
 
     @property
-    def names(self) -> list[str]:
-        """All tensors' names."""
-        return list(self.files)
+    def vocabulary(self) -> int:
+        """Embeddings."""
+        return self.shape("model.embed_tokens.weight")[0]
 
     @property
     def head_dim(self) -> int:
@@ -216,7 +222,7 @@ class Checkpoint:
         window = getattr(self.config, "sliding_window", None) or math.inf
         return int(min(self.config.max_position_embeddings, window))
 
-    def _own_widths(self) -> list[tuple[int, int, int]]:
+    def widths(self) -> list[tuple[int, int, int]]:
         """Heads, KV heads and channels of each layer, 0 where there are none."""
 
         def rows(layer: int, name: str) -> int:
@@ -231,28 +237,23 @@ class Checkpoint:
 
     def architecture(self) -> str:
         """llama.cpp's name for the model. Raises InputError for widths that llama.cpp has no architecture for."""
-        kind, widths = self.config.model_type, self._own_widths()
+        kind, widths = self.config.model_type, self.widths()
         own = ARCHITECTURES[kind]
         if len(set(widths)) == 1 and all(widths[0]):
-            return own
+            # llama.cpp's qwen2 wants queries as wide as the model; its llama takes any, and biases, too.
+            return "llama" if own == "qwen2" and widths[0][0] * self.head_dim != self.config.hidden_size else own
         if own == "qwen3":
             raise InputError(
                 "llama.cpp takes widths that differ by layer only without norms of queries and keys, which qwen3 has; "
                 "the nearest is `--shape uniform`"
             )
-        projections = ("q_proj.bias", "k_proj.bias", "v_proj.bias")
-        if biased := next((name for name in self.files if name.endswith(projections)), None):
-            raise InputError(
-                f"llama.cpp takes widths that differ by layer only without biases of queries, keys and values ({biased}); "
-                "the nearest is `--shape uniform`"
-            )
         return "deci"
 
-    def layers(self, architecture: str, kind: str) -> list[Layer]:
+    def layers(self, kind: str) -> list[Layer]:
         """The widths as the file has them."""
         multiple = BLOCK if kind == "q8_0" else 1
         layers = []
-        for index, (heads, kv_heads, width) in enumerate(self._own_widths()):
+        for index, (heads, kv_heads, width) in enumerate(self.widths()):
             # deci reads the head size off its first layer's heads, and drops the biases of attention without heads.
             if not heads and (index == 0 or f"model.layers.{index}.self_attn.o_proj.bias" in self.files):
                 heads = kv_heads = 1

@@ -75,6 +75,13 @@ def add_tokenizer(writer: Any, tokenizer: Any, size: int) -> None:
         writer.add_chat_template(tokenizer.chat_template)
 
 
+def add_numbers(writer: Any, size: int) -> None:
+    """Writes a vocabulary in which no token means anything or ends a text, for work on token ids alone."""
+    writer.add_tokenizer_model("rwkv")  # the one kind that names no end of text unless it is told
+    writer.add_token_list([f"t{number}" for number in range(size)])
+    writer.add_token_types([NORMAL] * size)
+
+
 def _tokens(rules: dict[str, Any], size: int) -> tuple[list[str], list[int]]:
     """Token and type of every embedding."""
     named: dict[int, tuple[str, int]] = {number: (token, NORMAL) for token, number in rules["model"]["vocab"].items()}
