@@ -90,7 +90,7 @@ class Export:
     """Leave the dense weights on disk and cut one after the other: for models larger than memory. Takes a second copy
     of them in the run folder meanwhile. Memory: a few times the largest weight, and a shard (`--max-shard-size`)."""
     format: Literal["hf", "gguf"] = "hf"
-    """`hf`: the checkpoint itself; `gguf`: the checkpoint that is there (else made) as one file, RUN/model-TYPE.gguf."""
+    """`hf`: the checkpoint itself; `gguf`: what is there, else made, in one file, RUN/model-TYPE.gguf."""
     gguf_type: Literal["f32", "f16", "q8_0"] = "f16"
     """Type of the matrices in a GGUF file; norms stay f32."""
 

@@ -54,7 +54,7 @@ def add_tokenizer(writer: Any, tokenizer: Any, size: int) -> None:
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
         writer.add_add_space_prefix(_space_first(rules))
-        writer.add_token_scores(_scores(model, tokens))
+        writer.add_token_scores(_scores(rules, tokens))
         types = [BYTE if t == NORMAL and re.fullmatch("<0x[0-9A-F]{2}>", s) else t
                  for s, t in zip(tokens, types, strict=True)]  # fmt: skip
     else:
@@ -146,13 +146,13 @@ def _space_first(rules: dict[str, Any]) -> bool:
     return first
 
 
-def _scores(model: dict[str, Any], tokens: list[str]) -> list[float]:
+def _scores(rules: dict[str, Any], tokens: list[str]) -> list[float]:
     """Scores by which llama.cpp merges in the order of the merges.
 
     It knows no merges: of all neighbours that make a token together, it joins those with the best token. So the merges
     must be all that make tokens, and those that make the same one must follow each other. SentencePiece's are.
     """
-    vocab, pairs = model["vocab"], _pairs(model)
+    vocab, pairs = rules["model"]["vocab"], _pairs(rules["model"])
     first: dict[str, int] = {}
     last = ""
     for rank, (left, right) in enumerate(pairs):
@@ -162,7 +162,7 @@ def _scores(model: dict[str, Any], tokens: list[str]) -> list[float]:
         first.setdefault(token, rank)
         last = token
     known = {tuple(pair) for pair in pairs}
-    for token in first:
+    for token in vocab.keys() - {added["content"] for added in rules["added_tokens"]}:
         halves = ((token[:cut], token[cut:]) for cut in range(1, len(token)))
         if any(left in vocab and right in vocab and (left, right) not in known for left, right in halves):
             raise InputError(f"the tokenizer has no merge for halves of {token!r}; llama.cpp would join them")

@@ -9,15 +9,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+import xllamacpp
 
 from secateur.files import InputError
 from secateur.gguf_file import write_gguf
 from secateur.runtimes import Continuation
-
-try:
-    import xllamacpp
-except ModuleNotFoundError:
-    raise InputError("llama.cpp is run by xllamacpp; run: pip install 'secateur[llamacpp]'") from None
 
 
 def version() -> str:
