@@ -179,6 +179,8 @@ def test_llamacpp_splits_text_as_tokenizers_over_bytes_do(cut, tmp_path):
 @pytest.mark.parametrize("space_first", [True, False])
 def test_llamacpp_splits_text_as_sentencepieces_tokenizers_do(space_first, tmp_path):
     checkpoint, path = with_tokenizer(tmp_path, piece_tokenizer(space_first))
+    types = said(path)["tokenizer.ggml.token_type"]
+    assert types[:3] == [2, 3, 3] and set(types[3:259]) == {6} and set(types[259:-5]) == {1} and set(types[-5:]) == {5}
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True)
     for line, ids in zip(LINES, split_by_llamacpp(path, LINES), strict=True):
         assert ids == tokenizer(line)["input_ids"], line

@@ -117,11 +117,12 @@ def test_weights_that_were_refitted_are_compared_too(run):
     assert json.loads((run / "verify-llamacpp.json").read_text())["updates"] == ["refit"]
 
 
-def test_a_runtime_that_computes_something_else_of_the_export_fails_with_code_1(run, monkeypatch, capsys):
+@pytest.mark.parametrize("which", ["pruned", "unpruned"])
+def test_a_runtime_that_computes_something_else_of_a_model_fails_with_code_1(which, run, monkeypatch, capsys):
     write = gguf_file.write_gguf
 
     def wrong(checkpoint, out, *arguments, **options):
-        if checkpoint == run / "model":
+        if (checkpoint == run / "model") == (which == "pruned"):
             checkpoint = shutil.copytree(checkpoint, out.parent / "wrong")
             weights = load_file(checkpoint / "model.safetensors")
             weights["model.layers.0.mlp.down_proj.weight"][:, 0] += 1
@@ -129,7 +130,7 @@ def test_a_runtime_that_computes_something_else_of_the_export_fails_with_code_1(
         return write(checkpoint, out, *arguments, **options)
 
     monkeypatch.setattr(llamacpp, "write_gguf", wrong)
-    assert "computes of the pruned model" in complaint(capsys, "verify", run, *COMMAND, code=1)
+    assert f"computes of the {which} model" in complaint(capsys, "verify", run, *COMMAND, code=1)
     assert json.loads((run / "verify-llamacpp.json").read_text())["passed"] is False
     assert (run / "model").is_dir()
 
