@@ -31,7 +31,7 @@ from secateur.planning import compare_shapes as compare_shapes
 from secateur.planning import figures_of, plan_for
 from secateur.recover import LR, Recovery, recover
 from secateur.refit import Refit, kept_groups, normal_equations, refit
-from secateur.run import new_run, open_run, recorded
+from secateur.run import Run, new_run, open_run, recorded
 from secateur.session import Session
 from secateur.slicing import fold, pruned_shapes
 from secateur.text import evaluation_text
@@ -106,7 +106,7 @@ def _export(session: Session, shape: str | None) -> None:
             dtype=loaded.checkpoint_dtype,
             base_model=public_name(c.model),
         )
-    for stale in (run.verify, run.eval, run.refit, run.recovery):
+    for stale in (run.verify, run.eval, run.refit, run.recovery, *run.converted()):
         stale.unlink(missing_ok=True)
 
 
@@ -115,13 +115,17 @@ def _about(loaded: Loaded) -> tuple[frozenset[str], bool]:
     return loaded.description.kinds, loaded.model.config.model_type in FAMILIES
 
 
+def checked_export(run: Run) -> Path:
+    """Folder of the export. Raises InputError when there is none, or it failed verification."""
+    if not run.model.is_dir():
+        reason = f"failed verification (see {run.verify})" if run.failed_model.is_dir() else "is missing"
+        raise InputError(f"{run.model} {reason}; run `secateur export {run.folder}`")
+    return run.model
+
+
 def load_export(session: Session, dtype: torch.dtype) -> PreTrainedModel:
     """The exported model as its user loads it; the code it runs is Secateur's own modelling file."""
-    folder = session.run.model
-    if not folder.is_dir():
-        failed = session.run.failed_model.is_dir()
-        reason = f"failed verification (see {session.run.verify})" if failed else "is missing"
-        raise InputError(f"{folder} {reason}; run `secateur export {session.run.folder}`")
+    folder = checked_export(session.run)
     device = next(session.loaded.model.parameters()).device
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=True, use_safetensors=True)
     return model.to(device).eval()
@@ -285,7 +289,8 @@ def _update(session: Session, tensors: Mapping[str, torch.Tensor], update: str) 
         update,
         {"README.md": model_card(session.config, plan.shape, rounding, None, None, updates, *_about(session.loaded))},
     )
-    run.eval.unlink(missing_ok=True)
+    for stale in (run.eval, *run.converted()):
+        stale.unlink(missing_ok=True)
 
 
 def eval_stage(session: Session) -> dict[str, Any]:
