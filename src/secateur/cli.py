@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from secateur import __version__
 from secateur.config import LEARNING_FIELDS, Config, Shape, load_config
 from secateur.files import InputError
+from secateur.measure import Bench
 
 if TYPE_CHECKING:
     from secateur.run import Run
@@ -262,6 +263,13 @@ def evaluate(options: Eval) -> None:
     _print(run, _staged(run, "eval_stage"))
 
 
+def bench(options: Bench) -> None:
+    """`secateur bench`."""
+    from secateur.bench import bench_run, show
+
+    show(console, bench_run(_open(options.run), options, lambda said: console.print(said, markup=False)))
+
+
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "prune": (Prune, prune),
     "inspect": (Inspect, inspect),
@@ -272,6 +280,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "refit": (Refit, refit),
     "recover": (Recover, recover),
     "eval": (Eval, evaluate),
+    "bench": (Bench, bench),
 }
 
 

@@ -18,6 +18,7 @@ from rich.table import Table
 from secateur.export import export
 from secateur.files import InputError, write_json
 from secateur.gguf_file import Written, write_gguf
+from secateur.load import Loaded
 from secateur.plan import Plan
 from secateur.runtimes import Agreement, compare
 from secateur.session import Session
@@ -80,7 +81,7 @@ def runtime_stage(session: Session, runtime: str, prompts: int, new_tokens: int)
 
     with session.timed("runtime"), TemporaryDirectory(prefix="dense-", dir=run.folder) as temporary:
         pruned = agreements(folder)
-        _write_dense(session, Path(temporary) / "model")
+        write_dense(session.loaded, Path(temporary) / "model", torch.float32)
         dense = agreements(Path(temporary) / "model")
         allowed = tolerance(dense)
         passed = all(within(a, allowed) for a in (*pruned, *dense))
@@ -138,10 +139,9 @@ def _runtime(name: str) -> ModuleType:
         raise InputError(f"{reason}; run: pip install 'secateur[{name}]'") from None
 
 
-def _write_dense(session: Session, folder: Path) -> None:
-    """The unpruned model as a float32 checkpoint."""
-    loaded = session.loaded
+def write_dense(loaded: Loaded, folder: Path, dtype: torch.dtype) -> None:
+    """The unpruned model as a checkpoint of its own."""
     groups = loaded.description.groups
     kept = {group.name: torch.arange(group.units) for group in groups}
     plan = Plan(kept, {name: torch.ones(len(index)) for name, index in kept.items()})
-    export(loaded.model, None, loaded.description, plan, folder, dtype=torch.float32)
+    export(loaded.model, None, loaded.description, plan, folder, dtype=dtype)
