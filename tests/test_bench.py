@@ -23,6 +23,7 @@ from secateur.files import InputError
 from secateur.ideal import CONTEXT, HEAD, MAPS, UNPRICED, cost_of, eaten, ideals, odd_widths
 from secateur.measure import Settings, measure, speedups, spread
 from secateur.workers.child import prompts, rates
+from secateur.workers.hf import REST, seconds_of
 from secateur.workers.parent import Worker
 from tiny import random_plan
 
@@ -101,6 +102,13 @@ def test_prompts_repeat_by_seed_and_differ_otherwise():
     assert [len(ids) for ids in drawn] == [50] * 3 and {i for ids in drawn for i in ids} == set(range(10))
 
 
+def test_time_of_maps_inside_attention_is_not_counted_twice():
+    inside = f"{MAPS} in attention"
+    events = [(inside, 1.0, 2.0), (CONTEXT, 0.5, 3.0), (MAPS, 3.0, 5.0), (HEAD, 5.0, 5.5), (MAPS, 9.0, 11.0)]
+    found = seconds_of(events, 0.0, 10.0)  # the last one ends in the next phase
+    assert found == {HEAD: 0.5, MAPS: 3.0, CONTEXT: 1.5, REST: 5.0}
+
+
 # --- on paper --------------------------------------------------------------------------------------------------------
 
 
@@ -169,6 +177,14 @@ def test_what_eats_the_difference_adds_up_to_it_on_paper(costs):
     assert found.by[HEAD] == pytest.approx(0.5 * dense[HEAD] / sum(dense.values()))
     assert found.by[UNPRICED] == pytest.approx(0.8 - 1 / ideal.speedup)
     assert sum(found.by.values()) == pytest.approx(0.8 - 0.5)
+
+
+def test_a_context_that_pruning_leaves_eats_its_share_on_paper():
+    costs = cost_of(describe(small_llama())), cost_of(describe(small_llama(intermediate_size=16)))
+    ideal = ideals(*costs, 1, 40, 4, 2, 2)["decode"]
+    found, dense = eaten(ideal.speedup, ideal, None), ideal.parts["dense"]
+    assert 0 < found.by[CONTEXT] == pytest.approx((1 - ideal.kept) * dense[CONTEXT] / sum(dense.values()))
+    assert found.by[UNPRICED] == pytest.approx(0) and sum(found.by.values()) == pytest.approx(found.time - ideal.kept)
 
 
 def test_odd_widths_are_columns_not_units(costs):
@@ -294,7 +310,9 @@ def test_bench_writes_every_figure(benched):
         assert about["parameters"] == sizes[name]["parameters"] and about["weight_bytes"] == 4 * about["parameters"]
         assert about["kv_bytes_per_token"] == sizes[name]["kv_bytes_per_token"] and about["peak_bytes"] > 1e7
         assert about["versions"]["torch"] == torch.__version__ and about["threads"] == 1
-    assert results["pruned"]["kv_tokens"] > results["dense"]["kv_tokens"] > 0
+    dense, pruned = results["dense"], results["pruned"]
+    assert dense["kv_space_bytes"] + dense["weight_bytes"] == pruned["kv_space_bytes"] + pruned["weight_bytes"]
+    assert dense["kv_tokens"] == dense["kv_space_bytes"] // dense["kv_bytes_per_token"] < pruned["kv_tokens"]
     assert results["dtype"] == "float32" and results["settings"]["rounds"] == 2 and results["machine"]["cores"] > 0
 
 

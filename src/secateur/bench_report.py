@@ -26,8 +26,8 @@ def table(results: Mapping[str, Any]) -> Table:
     """A row a metric and batch size."""
     settings = results["settings"]
     title = (
-        f"{results['runtime']}, {results['dtype']}: prompts of {settings['prompt_tokens']} tokens, "
-        f"{settings['new_tokens']} decoded; medians of {settings['rounds']} (least to most)"
+        f"{results['runtime']}, {results['dtype']}: {settings['prompt_tokens']} + {settings['new_tokens']} tokens, "
+        f"medians of {settings['rounds']} (least–most)"
     )
     found = Table(title=title, title_justify="left")
     for column in ("", "at a time", "dense", "pruned", "speed-up", "ideal"):
@@ -35,9 +35,9 @@ def table(results: Mapping[str, Any]) -> Table:
     for row in results["timings"]:
         speedup, ideal = row["speedup"], row["ideal"]
         found.add_row(
-            UNITS[row["metric"]].title,
+            f"{UNITS[row['metric']].title} ({'ms' if row['unit'] == 's' else row['unit']})",
             str(row["batch_size"]),
-            *(f"{_number(row[name]['median'], row['unit'])}" for name in ("dense", "pruned")),
+            *(_number(row[name]["median"], row["unit"]) for name in ("dense", "pruned")),
             f"{speedup['median']:.2f} × ({speedup['low']:.2f}–{speedup['high']:.2f})",
             f"{ideal['speedup']:.2f} × ({'FLOPs' if ideal['by'] == 'flops' else ideal['by']})",
         )
@@ -62,8 +62,8 @@ def lines(results: Mapping[str, Any]) -> Iterator[str]:
     yield f"peak memory: {peak[0]} → {peak[1]}; weights {weights[0]} → {weights[1]}"
     tokens = [m["kv_tokens"] for m in models.values()]
     if None not in tokens:
-        space = models["dense"]["kv_space_bytes"], models["pruned"]["kv_space_bytes"]
-        of = f"a cache of {human(space[0], 'B')}" if space[0] == space[1] else "the memory beside the weights"
+        given, space = models["dense"]["kv_tokens_by"] == "engine", models["dense"]["kv_space_bytes"]
+        of = f"a cache of {human(space, 'B')}" if given else "the memory beside the weights"
         yield f"tokens whose keys and values fit in {of}: {human(tokens[0])} → {human(tokens[1])}"
     versions = ", ".join(f"{name} {version}" for name, version in results["pruned"]["versions"].items())
     ran = " → ".join(dict.fromkeys(m["implementation"] for m in models.values()))
@@ -72,8 +72,8 @@ def lines(results: Mapping[str, Any]) -> Iterator[str]:
 
 def _number(value: float, unit: str) -> str:
     if unit == "s":
-        return f"{value * 1e3:,.1f} ms"
-    return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.2f} {unit}"
+        return f"{value * 1e3:,.1f}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
 
 
 def _eaten(row: Mapping[str, Any]) -> str:

@@ -74,7 +74,7 @@ class Model:
         with self._watched(layers) as events:
             start, at = self._generate(batch, prompt_tokens, new_tokens, seed)
         phases = {"prefill": (start, at[0]), "decode": (at[0], at[-1])}
-        return {phase: _parts(events, *span) for phase, span in phases.items()}
+        return {phase: seconds_of(events, *span) for phase, span in phases.items()}
 
     def memory(self) -> dict[str, Any]:
         """Peak, and how many tokens' keys and values fit beside the weights."""
@@ -102,7 +102,7 @@ class Model:
 
     @contextmanager
     def _watched(self, layers: str) -> Iterator[list[tuple[str, float, float]]]:
-        """Notes (part, begin, end) whenever a part has run. Attention contains maps: `_parts` takes these out."""
+        """Notes (part, begin, end) whenever a part has run. Attention contains maps: `seconds_of` takes these out."""
         events: list[tuple[str, float, float]] = []
         handles = []
 
@@ -136,7 +136,7 @@ class Model:
                 handle.remove()
 
 
-def _parts(events: list[tuple[str, float, float]], begin: float, end: float) -> dict[str, float]:
+def seconds_of(events: list[tuple[str, float, float]], begin: float, end: float) -> dict[str, float]:
     """Seconds between `begin` and `end` that each part took; what no part took is the rest."""
     took: dict[str, float] = {}
     for part, start, stop in events:
