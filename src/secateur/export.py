@@ -309,13 +309,13 @@ def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def as_shipped(model: PreTrainedModel, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Fused experts under the names that the model's checkpoints have for them, which stock servers read."""
-    fused = {f"{name}." for name, module in model.named_modules() if is_fused(module)}
+    """Tensors under the names that the model's checkpoints have for them, experts one by one: what stock servers read.
+
+    Only of mixtures: some dense models read older names that they do not write.
+    """
+    mixture = any(is_fused(module) for module in model.modules())
     for name, tensor in tensors:
-        if any(name.startswith(prefix) for prefix in fused):
-            yield from revert_weight_conversion(model, {name: tensor}).items()
-        else:
-            yield name, tensor
+        yield from (revert_weight_conversion(model, {name: tensor}).items() if mixture else [(name, tensor)])
 
 
 def _write_weights(

@@ -96,13 +96,11 @@ def layers_narrowed(vllm_config: VllmConfig) -> Iterator[None]:
 
     def make_experts(stock: Callable[..., Any]) -> Callable[..., Any]:
         def make(*args: Any, **kwargs: Any) -> Any:
-            prefix: str = kwargs["prefix"]
-            path = prefix.split(".", prefix.split(".").index(str(utils.extract_layer_index(prefix))) + 1)[-1]
-            kept = dict(own(config, utils.extract_layer_index(prefix))["experts"]).get(path)
-            if kept is None:
+            changes = own(config, utils.extract_layer_index(kwargs["prefix"]))["experts"]
+            if not changes:
                 return stock(*args, **kwargs)
-            count = kwargs["num_experts"]
-            router = PlacedRouter(stock_router(kwargs), kept, count)
+            [(_path, kept)] = changes  # a layer has one row of experts, whatever vLLM calls it
+            router = PlacedRouter(stock_router(kwargs), kept, kwargs["num_experts"])
             return stock(*args, **{**kwargs, "num_experts": len(kept), "router": router})
 
         return make

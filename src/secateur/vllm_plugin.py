@@ -1,4 +1,4 @@
-"""vLLM's entry point to pruned checkpoints: `vllm serve RUN/model` needs nothing more than Secateur installed beside it.
+"""vLLM's entry point to pruned checkpoints: `vllm serve RUN/model` only needs Secateur installed beside it.
 
 vLLM calls `register` in every one of its processes (entry point `vllm.general_plugins`). Each causal LM that vLLM has
 gets a pruned sibling, `Pruned` + its name, which is what `config.json` of a ragged export says; it is built when a
