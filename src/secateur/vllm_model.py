@@ -173,7 +173,7 @@ def bias(linear: Any) -> nn.Parameter:
     return parameter
 
 
-def set_width(mlp: nn.Module, writer: str, width: int, vllm_config: VllmConfig) -> None:
+def set_width(mlp: Any, writer: str, width: int, vllm_config: VllmConfig) -> None:
     """Gives an MLP of shared experts another width, in place, since vLLM's experts hold it too."""
     for name, linear in list(mlp.named_children()):
         if not hasattr(linear, "input_size"):
@@ -183,7 +183,7 @@ def set_width(mlp: nn.Module, writer: str, width: int, vllm_config: VllmConfig) 
         if name == writer:
             own |= {"input_size": width, "output_size": linear.output_size, "reduce_results": linear.reduce_results}
         else:
-            own |= {"input_size": linear.input_size, "output_sizes": [width] * len(linear.output_sizes)}
+            own |= {"input_size": linear.input_size, "output_sizes": [width] * len(list(linear.output_sizes))}
         setattr(mlp, name, type(linear)(**own))
 
 
