@@ -6,7 +6,6 @@ the processes that hold the models in workers/.
 
 import contextlib
 import os
-import platform
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +20,7 @@ from secateur.bench_report import show as show
 from secateur.files import InputError, write_json
 from secateur.ideal import Cost, Ideal, cost_of, eaten, ideals, odd_widths
 from secateur.load import describe_pretrained
-from secateur.measure import Measured, Settings, Timing, measure
+from secateur.measure import Measured, Settings, Timing, measure, processor
 from secateur.run import Run
 from secateur.stages import checked_export
 from secateur.workers.parent import Worker
@@ -139,12 +138,8 @@ def _prepared(
 ) -> str:
     """What the runtime loads: the checkpoint, or what is made of it."""
     checkpoint = Path(model).expanduser()
-    folder = checkpoint.is_dir()
-    if (
-        not folder
-        and (settings.runtime == "llamacpp" or checkpoint.suffix == ".gguf")
-        and settings.runtime not in PROFILED
-    ):
+    read_as_it_is = settings.runtime == "transformers" or checkpoint.is_dir()
+    if not read_as_it_is and (settings.runtime == "llamacpp" or checkpoint.suffix == ".gguf"):
         from secateur.equivalence import write_dense
         from secateur.load import load
 
@@ -208,7 +203,4 @@ def _mixed(measured: Measured, timing: Timing, found: Mapping[str, Ideal], setti
 
 def _machine() -> dict[str, Any]:
     """What it was measured on."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return {"cpu": next(names, platform.processor() or platform.machine()), "cores": os.cpu_count()}
+    return {"cpu": processor(), "cores": os.cpu_count()}

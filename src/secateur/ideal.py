@@ -38,13 +38,14 @@ class Cost:
     widths: Mapping[str, int]
     """Group of units → how many columns its writer has: heads × head size, channels."""
 
-    def flops(self, batch: int, prompt_tokens: int) -> dict[str, float]:
-        """Of prefill, by part. The head sees only the last token of each prompt."""
-        tokens = batch * prompt_tokens
+    def flops(self, batch: int, tokens: int, context: float | None = None) -> dict[str, float]:
+        """Of `tokens` of each of `batch` sequences, by part. Each token sees `context` others, where these are a prompt
+        those before it; the head sees only the last one of each sequence."""
+        seen = (tokens + 1) / 2 if context is None else context
         return {
-            MAPS: 2.0 * tokens * sum(weights * share for weights, share in self.maps),
+            MAPS: 2.0 * batch * tokens * sum(weights * share for weights, share in self.maps),
             HEAD: 2.0 * batch * self.head,
-            CONTEXT: 4.0 * tokens * self.context_columns * (prompt_tokens + 1) / 2,
+            CONTEXT: 4.0 * batch * tokens * self.context_columns * seen,
         }
 
     def bytes_read(self, batch: int, context: float, weight_bytes: float, kv_bytes: float) -> dict[str, float]:
@@ -97,34 +98,18 @@ def ideals(
     dense: Cost, pruned: Cost, batch: int, prompt_tokens: int, new_tokens: int, weight_bytes: float, kv_bytes: float
 ) -> dict[str, Ideal]:
     """Phase → its ideal at a batch size."""
+    costs, after = {"dense": dense, "pruned": pruned}, prompt_tokens + (new_tokens + 1) / 2
     found = {}
-    for phase in ("prefill", "decode"):
-        costs = {"dense": dense, "pruned": pruned}
-        if phase == "prefill":
-            flops = {name: c.flops(batch, prompt_tokens) for name, c in costs.items()}
-            read = {name: c.bytes_read(batch * prompt_tokens, 0, weight_bytes, kv_bytes) for name, c in costs.items()}
-        else:
-            context = prompt_tokens + (new_tokens + 1) / 2
-            flops = {name: _step_flops(c, batch, context) for name, c in costs.items()}
-            read = {name: c.bytes_read(batch, context, weight_bytes, kv_bytes) for name, c in costs.items()}
-        parts = flops if phase == "prefill" else read
-        found[phase] = Ideal(
-            "flops" if phase == "prefill" else "bytes",
-            _ratio(flops),
-            _ratio(read),
-            parts["pruned"][MAPS] / parts["dense"][MAPS],
-            parts,
-        )
+    for phase, by, tokens, seen, cached in (
+        ("prefill", "flops", prompt_tokens, None, 0.0),
+        ("decode", "bytes", 1, after, after),
+    ):
+        flops = {name: c.flops(batch, tokens, seen) for name, c in costs.items()}
+        read = {name: c.bytes_read(batch * tokens, cached, weight_bytes, kv_bytes) for name, c in costs.items()}
+        parts = flops if by == "flops" else read
+        kept = parts["pruned"][MAPS] / parts["dense"][MAPS]
+        found[phase] = Ideal(by, _ratio(flops), _ratio(read), kept, parts)
     return found
-
-
-def _step_flops(cost: Cost, batch: int, context: float) -> dict[str, float]:
-    maps = sum(weights * share for weights, share in cost.maps)
-    return {
-        MAPS: 2.0 * batch * maps,
-        HEAD: 2.0 * batch * cost.head,
-        CONTEXT: 4.0 * batch * context * cost.context_columns,
-    }
 
 
 def _ratio(parts: Mapping[str, Mapping[str, float]]) -> float:

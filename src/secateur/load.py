@@ -14,6 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -81,6 +82,14 @@ def read_model(
         f"cannot load the weights of {name}",
     )
     return model
+
+
+def read_export(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The checkpoint in a folder as its user loads it, on the CPU; its code is Secateur's own modelling file."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, trust_remote_code=True, use_safetensors=True
+    )
+    return model.eval()
 
 
 def weight_of(model: torch.nn.Module, name: str) -> torch.Tensor:

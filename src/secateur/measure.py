@@ -5,6 +5,7 @@ model; at a batch size, visits go dense, pruned, pruned, dense, and so on: what 
 Each pair of visits has its own random prompts. The first pair of every batch size warms up and is not counted.
 """
 
+import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -209,3 +210,11 @@ def _visit(model: Measurable, do: str, **options: Any) -> dict[str, Any]:
 def _seed(number: int, batch: int) -> int:
     """Of a pair's prompts: no other pair has it, so that no cache knows them."""
     return number * 1_000_003 + batch
+
+
+def processor() -> str:
+    """Name of the processor."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())

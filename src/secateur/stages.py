@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from secateur.attach import attached, compensation
 from secateur.budget import everything, figures
@@ -23,7 +23,7 @@ from secateur.families import FAMILIES
 from secateur.files import InputError, read_json, write_json, write_text
 from secateur.gates import Gates, load_gates, save_gates
 from secateur.learn import learn
-from secateur.load import Loaded
+from secateur.load import Loaded, read_export
 from secateur.methods import find_gates
 from secateur.overlap import overlap
 from secateur.plan import Plan, Rounding, load_plan, save_plan
@@ -127,8 +127,7 @@ def load_export(session: Session, dtype: torch.dtype) -> PreTrainedModel:
     """The exported model as its user loads it; the code it runs is Secateur's own modelling file."""
     folder = checked_export(session.run)
     device = next(session.loaded.model.parameters()).device
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=True, use_safetensors=True)
-    return model.to(device).eval()
+    return read_export(folder, dtype).to(device)
 
 
 def verify_stage(session: Session) -> list[Comparison]:

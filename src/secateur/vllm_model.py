@@ -132,11 +132,13 @@ def replaced(name: str, replacement: Callable[[Any], Any]) -> Iterator[None]:
 def said_of_layer(plain: Any, config: Any, index: int) -> Iterator[None]:
     """Within the context, `plain` says the widths of layer `index`; those of a sublayer that is gone stay dense, since
     vLLM cannot build it with none."""
-    keys = config.per_layer_attributes or ()
-    before = {key: getattr(plain, key) for key in keys}
+    before, layer = (
+        {key: getattr(plain, key) for key in config.per_layer_attributes or ()},
+        config.per_layer_config[index],
+    )
     try:
-        for key in keys:
-            setattr(plain, key, getattr(config.per_layer_config[index], key) or before[key])
+        for key, dense in before.items():
+            setattr(plain, key, getattr(layer, key) or dense)
         yield
     finally:
         for key, value in before.items():
@@ -178,13 +180,13 @@ def set_width(mlp: Any, writer: str, width: int, vllm_config: VllmConfig) -> Non
     for name, linear in list(mlp.named_children()):
         if not hasattr(linear, "input_size"):
             continue
-        own: dict[str, Any] = {"bias": linear.bias is not None, "prefix": linear.prefix}
-        own |= {"quant_config": vllm_config.quant_config, "disable_tp": linear.tp_size == 1}
+        options: dict[str, Any] = {"bias": linear.bias is not None, "prefix": linear.prefix}
+        options |= {"quant_config": vllm_config.quant_config, "disable_tp": linear.tp_size == 1}
         if name == writer:
-            own |= {"input_size": width, "output_size": linear.output_size, "reduce_results": linear.reduce_results}
+            options |= {"input_size": width, "output_size": linear.output_size, "reduce_results": linear.reduce_results}
         else:
-            own |= {"input_size": linear.input_size, "output_sizes": [width] * len(list(linear.output_sizes))}
-        setattr(mlp, name, type(linear)(**own))
+            options |= {"input_size": linear.input_size, "output_sizes": [width] * len(list(linear.output_sizes))}
+        setattr(mlp, name, type(linear)(**options))
 
 
 class Constant(nn.Module):

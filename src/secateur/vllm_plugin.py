@@ -2,7 +2,7 @@
 
 vLLM calls `register` in every one of its processes (entry point `vllm.general_plugins`). Each causal LM that vLLM has
 gets a pruned sibling, `Pruned` + its name, which is what `config.json` of a ragged export says; it is built when a
-checkpoint asks for it (`vllm_model`), so that nothing of Secateur's is loaded otherwise. Uniform exports are stock
+checkpoint asks for it (`vllm_model`), so that vLLM's own models load as before. Uniform exports are stock
 checkpoints and need no plugin.
 """
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
 
+from secateur.load import read_export
 from secateur.runtimes import Continuation
 
 
@@ -20,9 +20,7 @@ def greedy(model: Path, prompts: list[list[int]], new_tokens: int) -> list[Conti
 
     On the CPU, prompt by prompt, with the cache that serving uses.
     """
-    loaded = AutoModelForCausalLM.from_pretrained(
-        model, dtype=torch.float32, trust_remote_code=True, use_safetensors=True
-    ).eval()
+    loaded = read_export(model, torch.float32)
     return [_greedy(loaded, prompt, new_tokens) for prompt in prompts]
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 import xllamacpp
 
-from secateur.files import InputError
 from secateur.gguf_file import write_gguf
 from secateur.runtimes import Continuation
+from secateur.workers.llamacpp import complete, start
 
 
 def version() -> str:
@@ -47,17 +47,11 @@ def serve(path: Path, context: int) -> Any:
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
     params.verbosity = -1
-    try:
-        return xllamacpp.Server(params)
-    except RuntimeError as error:
-        raise InputError(f"llama.cpp cannot load {path}: {error}") from None
+    return start(params)
 
 
 def _greedy(server: Any, prompt: list[int], new_tokens: int) -> Continuation:
     request = {"prompt": prompt, "max_tokens": new_tokens, "temperature": 0, "logprobs": 1, "cache_prompt": False}
-    answer = server.handle_completions(request)
-    if "choices" not in answer:
-        raise InputError(f"llama.cpp does not continue a prompt of {len(prompt)} tokens: {answer}")
-    steps = answer["choices"][0]["logprobs"]["content"]
+    steps = complete(server, request)["choices"][0]["logprobs"]["content"]
     assert len(steps) == new_tokens, f"llama.cpp wrote {len(steps)} tokens of {new_tokens}"
     return Continuation(list(prompt), [step["id"] for step in steps], [step["logprob"] for step in steps])

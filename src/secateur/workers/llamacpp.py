@@ -13,6 +13,22 @@ CONTEXT_STEP = 256
 """llama.cpp rounds the context of a sequence up to a multiple of it."""
 
 
+def start(params: Any) -> Any:
+    """A server on the file that the parameters name. Raises InputError where llama.cpp cannot load it."""
+    try:
+        return xllamacpp.Server(params)
+    except RuntimeError as error:
+        raise InputError(f"llama.cpp cannot load {params.model.path}: {error}") from None
+
+
+def complete(server: Any, request: dict[str, Any]) -> dict[str, Any]:
+    """What the server answers to a prompt of token ids. Raises InputError where that is an error."""
+    answer: dict[str, Any] = server.handle_completions(request)
+    if "choices" not in answer:
+        raise InputError(f"llama.cpp does not continue a prompt of {len(request['prompt'])} tokens: {answer}")
+    return answer
+
+
 class Model:
     """A model in llama.cpp."""
 
@@ -27,10 +43,7 @@ class Model:
         params.cache_ram_mib, params.verbosity = 0, -1
         if options["threads"]:
             params.cpuparams.n_threads = params.cpuparams_batch.n_threads = options["threads"]
-        try:
-            self.server = xllamacpp.Server(params)
-        except RuntimeError as error:
-            raise InputError(f"llama.cpp cannot load {options['model']}: {error}") from None
+        self.server = start(params)
         self.vocabulary = options["vocabulary"]
         self.about = {
             "implementation": "llama.cpp",
@@ -59,10 +72,8 @@ class Model:
     def _complete(self, ids: list[int], tokens: int) -> tuple[float, float]:
         """When the first and when the last token was there."""
         asked = {"prompt": ids, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
-        answer: dict[str, Any] = self.server.handle_completions(asked)
+        answer = complete(self.server, asked)
         done = time.perf_counter()
-        if "timings" not in answer:
-            raise InputError(f"llama.cpp does not continue a prompt of {len(ids)} tokens: {answer}")
         written = answer["timings"]["predicted_n"]
         assert written == tokens, f"llama.cpp wrote {written} tokens of {tokens}"
         return done - answer["timings"]["predicted_ms"] / 1e3, done
