@@ -13,7 +13,6 @@ import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 
@@ -200,24 +199,9 @@ def server(folder):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     settings = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "VLLM_NO_USAGE_STATS": "1"}
-    options = [
-        "--port",
-        str(port),
-        "--dtype",
-        "float32",
-        "--max-model-len",
-        "64",
-        "--kv-cache-memory-bytes",
-        str(2**28),
-    ]
-    command = [
-        str(Path(sys.executable).with_name("vllm")),
-        "serve",
-        str(folder),
-        "--enforce-eager",
-        *options,
-        *arguments,
-    ]
+    options = ["--port", str(port), "--dtype", "float32", "--max-model-len", "64", "--enforce-eager"]
+    options += ["--kv-cache-memory-bytes", str(2**28)]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), *options]
     log = (folder / "server.log").open("w")
     process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **settings})
     try:
@@ -257,7 +241,7 @@ def test_the_server_answers_clients_at_once_as_transformers_would(tmp_path):
 
 
 def refused(folder, **options):
-    with pytest.raises(Exception) as caught:  # noqa: PT011: vLLM wraps what its plugins raise
+    with pytest.raises(Exception) as caught:  # vLLM wraps what its plugins raise
         vllm.vllm.LLM(str(folder), skip_tokenizer_init=True, enforce_eager=True, **options)
     return " ".join(str(caught.value).split())
 
