@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from secateur.describe import Description, check_causal, describe
+from secateur.describe import Description, check_causal, check_unquantised, describe
 from secateur.families import build, config_class, model_class
 from secateur.files import InputError
 
@@ -126,6 +126,7 @@ def load_config_of(name: str, trust_remote_code: bool) -> PreTrainedConfig:
 
     config = _one_line(read, f"cannot read the configuration of {name}")
     check_causal(config)
+    check_unquantised(config)
     return config
 
 
