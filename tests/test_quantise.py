@@ -31,7 +31,7 @@ CASES: dict[str, dict[str, Any]] = {
     "llama, uniform": {"shape": "uniform", **WIDE},
     "qwen2, closed sublayers": {"model_type": "qwen2", "close": CLOSED},
     "gemma, closed sublayers, tied": {"model_type": "gemma", "close": CLOSED, "tie_word_embeddings": True},
-    "qwen3_moe, ragged": {"model_type": "qwen3_moe", "close": CLOSED, **MIXTURE},
+    "qwen3_moe, ragged, experts gone": {"model_type": "qwen3_moe", "close": CLOSED, "close_experts": (1,), **MIXTURE},
 }
 UNGROUPED = [name for name in CASES if "moe" not in name]
 CLOSE = 0.25
@@ -44,12 +44,13 @@ def pruned(
     close: tuple[str, ...] = (),
     shape: str = "ragged",
     multiple: int = 1,
+    close_experts: tuple[int, ...] = (),
     **changes: Any,
 ) -> Path:
     """A tiny random model, pruned at random, channels rounded down to a multiple; its checkpoint."""
     model = tiny(model_type, **changes)
     description = describe(model)
-    plan = random_plan(description, close=close, shape=shape)
+    plan = random_plan(description, close=close, close_experts=close_experts, shape=shape)
 
     def rounded(group: Any) -> Tensor:
         index = plan.kept[group.name]
@@ -135,6 +136,24 @@ def test_an_int8_model_saved_by_torchao_loads_as_it_was(case: dict[str, Any], tm
     assert integers == sum(m.weight.numel() for m in linears(quantised).values()) > 0
     if case in [CASES[name] for name in UNGROUPED]:  # of a mixture, most weights are experts', which stay float32
         check_files(tmp_path / "int8", folder)
+
+
+def test_torchao_makes_fused_experts_int8_where_they_are_named(tmp_path: Path) -> None:
+    torchao = pytest.importorskip("torchao.quantization")
+    from transformers import TorchAoConfig
+
+    folder = pruned(tmp_path, **CASES["qwen3_moe, ragged, experts gone"])
+    names = torchao.FqnToConfig({r"re:.*experts\.(gate_up|down)_proj": torchao.Int8WeightOnlyConfig()})
+    quantised = load(folder, quantization_config=TorchAoConfig(names), experts_implementation="eager")
+    check_close(quantised, load(folder))
+    quantised.save_pretrained(tmp_path / "int8")
+    again = load(tmp_path / "int8", experts_implementation="eager")
+    assert torch.equal(dense_logits(again, tokens()), dense_logits(quantised, tokens()))
+    check_files(tmp_path / "int8", folder)
+    experts = {n: p for n, p in load(folder).named_parameters() if "experts" in n}
+    packed = {n: t for n, t in stored(tmp_path / "int8").items() if n.endswith("qdata")}
+    assert {t.dtype for t in packed.values()} == {torch.int8} and len(packed) == len(experts)
+    assert sum(t.numel() for t in packed.values()) == sum(p.numel() for p in experts.values())
 
 
 def test_groups_of_torchao_take_aligned_widths_only(tmp_path: Path) -> None:
@@ -257,7 +276,7 @@ def train(model: Any) -> list[float]:
         assert all(("lora_" in n) == (p.grad is not None) for n, p in model.named_parameters())
         adam.step()
         adam.zero_grad()
-        losses.append(float(loss))
+        losses.append(loss.item())
     return losses
 
 
@@ -271,7 +290,8 @@ def test_lora_trains_is_saved_and_merges(name: str, base: str, targets: Any, tmp
     model = adapted(read(folder), targets)
     found = {n.removeprefix("base_model.model.").removesuffix(".lora_A.default.weight")
              for n, _ in model.named_parameters() if "lora_A" in n}  # fmt: skip
-    assert found >= linears(load(folder)).keys() - {n for n in found if n.endswith("mlp.gate")}
+    assert found >= linears(load(folder)).keys()
+    assert ("model.layers.2.mlp.experts" in found) == ("moe" in name), "experts, too"
     losses = train(model)
     assert losses == sorted(losses, reverse=True)
     model.eval()
@@ -307,7 +327,7 @@ def test_what_the_page_shows_runs(block: str, tmp_path: Path, monkeypatch: pytes
         if f"from {package}" in block:
             pytest.importorskip(package)
     pruned(tmp_path / "RUN", close=CLOSED)
-    pruned(tmp_path / "MIXTURE_RUN", "qwen3_moe", close=CLOSED, **MIXTURE)
+    pruned(tmp_path / "MIXTURE_RUN", **CASES["qwen3_moe, ragged, experts gone"])
     pruned(tmp_path / "ALIGNED_RUN", multiple=32, **WIDE)
     monkeypatch.chdir(tmp_path)
     exec(compile(block, "quantise.md", "exec"), {})
