@@ -6,9 +6,10 @@ BIN := $(VENV)/bin
 SERVE := .venv-serve
 MODEL := .cache/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 MODEL_2 := .cache/gemma3-270m/gemma-3-270m-q4_k_m.gguf
+QUANTISERS := .cache/quantisers
 MODEL_2_SHA256 := a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818
 
-.PHONY: install model model-2 demo test serve test-serve lint typecheck clean
+.PHONY: install model model-2 demo test test-quantise serve test-serve lint typecheck clean
 
 install: $(VENV)/.installed
 
@@ -60,6 +61,16 @@ serve: $(SERVE)/.installed
 
 test-serve: $(SERVE)/.installed model
 	$(SERVE)/bin/python -m pytest tests/test_vllm.py tests/test_bench.py -k vllm
+
+# torchao and llm-compressor, beside the environment: torchao talks at every start of transformers, and llm-compressor
+# asks for an older transformers than it needs.
+test-quantise: install $(QUANTISERS)/.installed
+	PYTHONPATH=$(QUANTISERS) $(BIN)/python -m pytest tests/test_quantise.py
+
+$(QUANTISERS)/.installed: | $(VENV)/.installed
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $(QUANTISERS) torchao==0.18.0 llmcompressor==0.14.0.1 \
+		compressed-tensors==0.19.0 loguru==0.7.3 nvidia-ml-py==13.615.71
+	touch $@
 
 lint: install
 	$(BIN)/ruff check src tests examples benchmarks

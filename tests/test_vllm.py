@@ -13,6 +13,8 @@ import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
+from pydoc_data.topics import topics
 
 import pytest
 
@@ -63,6 +65,7 @@ MIXTURES = [
     pytest.param("deepseek", DEEPSEEK_MOE, None, id="deepseek"),
     pytest.param("glm4_moe", GROUPED, None, id="glm4_moe"),
 ]
+MODEL = Path(__file__).parents[1] / ".cache/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PROMPTS = [row.tolist() for row in tokens(batch=8, length=12)]
 
 
@@ -235,6 +238,25 @@ def test_the_server_answers_clients_at_once_as_transformers_would(tmp_path):
         text = asked(url, "/v1/completions", body | {"prompt": "w1 w2", "max_tokens": 4})
     assert [a["choices"][0]["token_ids"] for a in answers] == expected(folder)
     assert text["usage"] == text["usage"] | {"prompt_tokens": 2, "completion_tokens": 4}
+
+
+# --- a real model ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.real
+@pytest.mark.slow
+@pytest.mark.parametrize("sparsity", [0.2, 0.5])
+def test_a_real_model_is_continued_as_in_transformers(tmp_path, sparsity):
+    assert MODEL.is_file(), f"{MODEL} is missing; `make model` fetches it"
+    data, run = tmp_path / "text.txt", tmp_path / "run"
+    data.write_text("\n".join(topics.values()))
+    options = {"sparsity": sparsity, "steps": 6, "seq_len": 128, "batch_size": 1, "held_out_tokens": 1024}
+    assert secateur(*prune_arguments(MODEL, data, run, **options)) == 0
+    assert secateur("verify", run, "--runtime", "vllm", "--prompts", "8", "--new-tokens", "32") == 0
+    report = json.loads((run / "verify-vllm.json").read_text())
+    for agreement in report["pruned"] + report["dense"]:
+        assert agreement["equal"] or agreement["margin"] < 1e-3
+        assert agreement["difference"] < 1e-3
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------

@@ -133,6 +133,17 @@ def check_causal(config: PreTrainedConfig) -> None:
         raise InputError(f"{config.model_type} is not a causal language model that transformers can build")
 
 
+def check_unquantised(config: PreTrainedConfig) -> None:
+    """Raises InputError for models whose weights are quantised; those of GGUF files transformers makes plain."""
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        said = quantization if isinstance(quantization, dict) else vars(quantization)
+        method = said.get("quant_method", "no method named")
+        name = getattr(method, "value", method)
+        if name != "gguf":
+            raise InputError(f"the model is quantised ({name}); prune its full-precision checkpoint, then quantise")
+
+
 def head_dim(config: PreTrainedConfig) -> int:
     """The head size; where a configuration leaves it to follow from the head count, that of the unpruned count."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)

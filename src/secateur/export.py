@@ -32,7 +32,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.integrations.heterogeneity import AmbiguousGlobalPerLayerAttributeError
 
 from secateur import families, modeling_pruned
-from secateur.describe import Description, head_dim
+from secateur.describe import Description, check_unquantised, head_dim
 from secateur.experts import is_fused
 from secateur.files import InputError, replacing, write_json, write_text
 from secateur.load import weight_of
@@ -101,11 +101,8 @@ def _config_values(
 ) -> dict[str, Any]:
     """What config.json says of the unpruned model, with the head size spelled out."""
     config = copy.deepcopy(config)
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is not None:
-        method = quantization["quant_method"] if isinstance(quantization, dict) else quantization.quant_method
-        if getattr(method, "value", method) != "gguf":
-            raise InputError(f"the model is quantised ({method}); prune its full-precision checkpoint, then quantise")
+    check_unquantised(config)
+    if hasattr(config, "quantization_config"):
         del config.quantization_config  # transformers has turned GGUF blocks into plain weights
     values: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
     values.pop("auto_map", None)

@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from secateur.describe import Description, check_causal, describe
+from secateur.describe import Description, check_causal, check_unquantised, describe
 from secateur.families import build, config_class, model_class
 from secateur.files import InputError
 
@@ -132,6 +132,7 @@ def load_config_of(name: str, trust_remote_code: bool) -> PreTrainedConfig:
 
     config = _one_line(read, f"cannot read the configuration of {name}")
     check_causal(config)
+    check_unquantised(config)
     return config
 
 
