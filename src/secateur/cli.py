@@ -74,9 +74,11 @@ class Plan:
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
     shape: Shape | None = None
-    """Widths that differ by layer, the same in all layers, or by expert, too (default: the run's)."""
+    """Widths that differ by layer, the same in all layers, or by expert, too; in multiples of N channels, or divisible
+    over K ranks (default: the run's). The plan then says what it costs beside ragged widths."""
     compare: bool = False
-    """Say what each shape would cost in loss and save in bytes and FLOPs, and write nothing."""
+    """Say what each of the usual shapes, and `--shape`, would cost in loss and save in bytes and FLOPs, and write
+    nothing."""
 
 
 @dataclass
@@ -86,7 +88,8 @@ class Export:
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
     shape: Shape | None = None
-    """Widths that differ by layer, the same in all layers, or by expert, too (default: the plan's)."""
+    """Widths that differ by layer, the same in all layers, or by expert, too; in multiples of N channels, or divisible
+    over K ranks (default: the plan's)."""
     low_memory: bool = False
     """Leave the dense weights on disk and cut one after the other: for models larger than memory. Takes a second copy
     of them in the run folder meanwhile. Memory: a few times the largest weight, and a shard (`--max-shard-size`)."""
@@ -196,16 +199,18 @@ def plan(options: Plan) -> None:
     if options.compare:
         from secateur.planning import shapes_table
 
-        costs, refused = _staged(_open(options.run), "compare_shapes")
+        costs, refused = _staged(_open(options.run), "compare_shapes", shape=options.shape)
         console.print(shapes_table(costs))
         for line in refused:
             console.print(f"not possible: {line}", markup=False)
         return
-    _plan, rounding = _staged(_open(options.run), "plan_stage", shape=options.shape)
+    rounding, beside = _staged(_open(options.run), "plan_beside_ragged", shape=options.shape)
     console.print(
         f"{rounding.kept:.2%} of the unit parameters kept ({rounding.allowed:.2%} allowed, {rounding.open_gates:.2%} "
         f"as learned); held-out loss {rounding.held_out_learned:.4f} → {rounding.held_out_planned:.4f}"
     )
+    if beside is not None:
+        console.print(beside, markup=False)
 
 
 def export(options: Export) -> None:

@@ -69,13 +69,13 @@ def export(
     stock, stock_base = _stock_classes(model)
     values = _config_values(model.config, description, dtype or model.dtype, base_model)
     ragged = _ragged(values, description, plan)
-    if plan.shape == "uniform" and plan.means is not None:
+    if plan.policy.uniform and plan.means is not None:
         raise InputError("a uniform shape has no place for the biases that stand for removed units; use --shape ragged")
     with replacing(folder) as temporary:
         temporary.mkdir()
         if stock.__module__.startswith(families.__name__):
             values = values | _travelling(stock, temporary)
-        if plan.shape == "uniform" or "auto_map" not in ragged:
+        if plan.policy.uniform or "auto_map" not in ragged:
             skeleton = _write_uniform(values, stock, description, plan, temporary)
         else:
             classes = stock, stock_base

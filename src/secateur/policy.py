@@ -1,0 +1,142 @@
+"""What `--shape` says: how wide a layer may be, so that what is pruned runs fast, too. For `prune`, `plan` and `export`.
+
+Kernels want widths that are multiples of their tiles, quantisation wants rows that divide into its groups, tensor
+parallelism wants every layer to divide over its ranks. A policy is the list of widths that a group of units may have; a
+budget then moves units between layers within these lists (budget.py) and is spent all the same.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import lcm
+from typing import TYPE_CHECKING, Literal, get_args
+
+from secateur.files import InputError
+
+if TYPE_CHECKING:  # units.py packs experts by a policy; the command line reads one without torch
+    from secateur.units import Group
+
+ALIGNED = 8
+"""Stored widths of experts are multiples of it where the dense width is: grouped matrix products want rows of a
+multiple of 16 bytes, which are 8 values of bfloat16."""
+
+Form = Literal["ragged", "uniform", "padded"]
+
+WORDS = "ragged, uniform, padded, aligned:N and tp:K"
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A shape, read from its words."""
+
+    form: Form = "ragged"
+    align: int = 1
+    """N: channels are kept in multiples of it."""
+    ranks: int = 1
+    """K: every layer divides over so many ranks of tensor parallelism."""
+
+    def __str__(self) -> str:
+        """The words in their order, as plan.json and config.yaml have them."""
+        words = [f"tp:{self.ranks}"] * (self.ranks > 1) + [f"aligned:{self.align}"] * (self.align > 1)
+        return ",".join(words if words and self.form == "ragged" else [self.form, *words])
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all layers are equally wide."""
+        return self.form == "uniform"
+
+    @property
+    def free(self) -> bool:
+        """Whether it asks for nothing beyond its form."""
+        return self.align == self.ranks == 1
+
+    @property
+    def said(self) -> str:
+        """What it asks of widths, in words that go on from others."""
+        multiples = f", channels in multiples of {self.align}" if self.align > 1 else ""
+        return multiples + (f", all divisible over {self.ranks} ranks" if self.ranks > 1 else "")
+
+
+RAGGED = Policy()
+
+
+def policy_of(shape: str) -> Policy:
+    """Reads words such as `tp:2,aligned:64`. Raises InputError for what is none, or contradicts itself."""
+    forms: list[Form] = []
+    numbers: dict[str, int] = {}
+    for word in shape.split(","):
+        name, _, number = (part.strip() for part in word.partition(":"))
+        if found := [form for form in get_args(Form) if form == word.strip()]:
+            forms += found
+        elif name not in ("aligned", "tp"):
+            raise InputError(f"--shape {shape}: {word.strip()!r} is no shape; there are {WORDS}")
+        elif not re.fullmatch("[0-9]{1,9}", number) or int(number) < 1:
+            what = "channels" if name == "aligned" else "ranks"
+            raise InputError(f"--shape {shape}: {name} takes a number of {what}, at least 1, e.g. {name}:2")
+        elif name in numbers:
+            raise InputError(f"--shape {shape} says {name} twice")
+        else:
+            numbers[name] = int(number)
+    if len(forms) > 1:
+        raise InputError(f"--shape {shape}: {forms[0]} contradicts {forms[1]}")
+    if forms == ["padded"] and numbers:
+        raise InputError(f"--shape {shape}: padded keeps just what each expert learned to keep, so it stands alone")
+    return Policy(forms[0] if forms else "ragged", numbers.get("aligned", 1), numbers.get("tp", 1))
+
+
+def alignment(width: int) -> int:
+    """What stored widths of experts are multiples of, where the dense width is `width`."""
+    return 1 if width % ALIGNED else ALIGNED
+
+
+def permitted(group: "Group", policy: Policy) -> tuple[int, ...]:
+    """The widths that a policy lets a group, or each of its experts, have, rising; beyond them 0, a closed sublayer.
+
+    Channels: multiples of K × N, of experts also of K × their alignment; and the dense width, if it divides by K.
+    Heads: what divides by K, and their keys too, unless K divides by the number of KV heads, which engines such as vLLM
+    then replicate.
+    """
+    ranks, width = policy.ranks, group.width
+    if group.attends:
+        a_unit = dict(group.sizes).get("num_attention_heads", 1)
+        keys = group.kind == "kv_groups"
+        return tuple(
+            w for w in range(1, width + 1)
+            if w * a_unit % ranks == 0 and (not keys or w % ranks == 0 or ranks % w == 0)
+        )  # fmt: skip
+    step = ranks * lcm(policy.align, alignment(width) if group.experts else 1)
+    whole = (width,) if width % step and width % ranks == 0 else ()
+    return (*range(step, width + 1, step), *whole)
+
+
+def check_permitted(policy: Policy, groups: Iterable["Group"], others: Iterable["Group"] = ()) -> None:
+    """Raises InputError where a policy leaves a group no width, or one of the `others`, which stay whole, not that."""
+    groups, others = list(groups), list(others)
+    step = policy.ranks * policy.align
+    widest = max((g.width for g in groups if not g.attends), default=step)
+    if policy.align > 1 and step > widest:
+        over = f" on each of {policy.ranks} ranks" if policy.ranks > 1 else ""
+        raise InputError(
+            f"--shape {policy}: no layer has {policy.align} channels{over}, the widest has {widest}; use a smaller N"
+        )
+    for g in groups:
+        if not permitted(g, policy):
+            raise InputError(
+                f"--shape {policy}: neither {_said(g)} of {g.name} nor fewer divide over {policy.ranks} ranks"
+            )
+    for g in others:
+        if g.width not in permitted(g, policy):
+            kind = "heads" if g.attends else g.kind
+            raise InputError(
+                f"--shape {policy}: {g.name} stays whole, and {_said(g)} do not divide over {policy.ranks} ranks; "
+                f"add {kind} to --units"
+            )
+
+
+def _said(group: "Group") -> str:
+    """The dense width in words."""
+    if group.attends:
+        heads = group.width * dict(group.sizes).get("num_attention_heads", 1)
+        shared = f" in {group.width} groups" if group.kind == "kv_groups" else ""
+        return f"the {heads} heads{shared}"
+    return f"the {group.width} channels"
