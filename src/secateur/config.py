@@ -87,7 +87,9 @@ RECIPES = {"auto": auto_recipe, "paper": paper_recipe}
 
 Scope = Literal["model", "kind", "layer", "expert"]
 
-Shape = Annotated[str, tyro.conf.arg(metavar="ragged|uniform|padded|aligned:N|tp:K")]
+_SAID = tyro.conf.arg(metavar="ragged|uniform|padded|aligned:N|tp:K")
+Shape, AnyShape = Annotated[str, _SAID], Annotated[str | None, _SAID]
+"""The words that policy.py reads; None where an option may be left out."""
 
 Tie = Literal["rows", "experts"]
 """What of a mixture goes together: `rows`, the channels of the same rank in all experts of a layer, so that these stay

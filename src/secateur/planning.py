@@ -130,7 +130,7 @@ def shapes_table(costs: list[ShapeCost]) -> Table:
     """A row a shape; what it saves is a share of the dense model's."""
     table = Table(title="what each shape would cost and save", title_justify="left")
     for column in ("shape", "held-out loss", "parameters", "active", "FLOPs a token", "weights", "experts gone"):
-        table.add_column(column, justify="left" if column == "shape" else "right")
+        table.add_column(column, justify="left" if column == "shape" else "right", no_wrap=column == "shape")
     dense = costs[0]
 
     def cell(found: float, whole: float, unit: str = "") -> str:

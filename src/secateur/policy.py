@@ -1,4 +1,4 @@
-"""What `--shape` says: how wide a layer may be, so that what is pruned runs fast, too. For `prune`, `plan` and `export`.
+"""What `--shape` says: how wide a layer may be, so that what is pruned runs fast, too. For `prune`, `plan`, `export`.
 
 Kernels want widths that are multiples of their tiles, quantisation wants rows that divide into its groups, tensor
 parallelism wants every layer to divide over its ranks. A policy is the list of widths that a group of units may have; a

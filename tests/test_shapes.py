@@ -1,0 +1,508 @@
+"""Shapes that kernels, quantisation and tensor parallelism want: every width is one that the shape permits, the budget
+is spent from below all the same, and what is exported computes what the gated model computes.
+"""
+
+import json
+from dataclasses import replace
+from math import lcm
+
+import pytest
+import torch
+
+from runs import complaint, prune_arguments, secateur, small_llama, small_tokenizer
+from runs import gates_of as gates_file
+from secateur.budget import Budget, Rows, largest_that_fits, make_budget
+from secateur.config import Config, auto_recipe
+from secateur.describe import describe
+from secateur.export import export
+from secateur.files import InputError
+from secateur.gates import Gates, by_group
+from secateur.importance import ONE_SHOT
+from secateur.learn import learn
+from secateur.optimise import Optimiser
+from secateur.plan import load_plan, make_plan, save_plan
+from secateur.planning import compare_shapes
+from secateur.policy import Policy, permitted, policy_of
+from secateur.relaxation import RELAXATIONS
+from secateur.slicing import pruned_shapes
+from secateur.stages import open_session
+from secateur.units import packed, unit_params
+from test_families import ONE_GROUP
+from test_mixtures import small_mixture
+from tiny import LATENT, MIXTURE, dense_logits, gated_logits, load, tiny, tokens
+
+MODELS = {
+    "gqa": lambda: tiny("llama", intermediate_size=80, num_attention_heads=12, num_key_value_heads=6),
+    "mha": lambda: tiny("qwen2", intermediate_size=72, num_attention_heads=12, num_key_value_heads=12),
+    "mqa": lambda: tiny("llama", num_attention_heads=12, num_key_value_heads=1),
+    "qwen3_moe": lambda: tiny("qwen3_moe", **MIXTURE | {"moe_intermediate_size": 64}),
+    "qwen2_moe": lambda: tiny("qwen2_moe", **MIXTURE | {"shared_expert_intermediate_size": 48}),
+    "deepseek_v2": lambda: tiny("deepseek_v2", **LATENT | ONE_GROUP | {"moe_intermediate_size": 48}),
+}
+SHAPES = ("aligned:8", "aligned:12", "aligned:16", "tp:2", "tp:3", "tp:2,aligned:8")
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def description(request):
+    return describe(MODELS[request.param]())
+
+
+@pytest.fixture(scope="module")
+def gqa():
+    model = MODELS["gqa"]()
+    return model, describe(model)
+
+
+def budget(description, shape, sparsity=0.4, scope="model"):
+    return make_budget(description.groups, description.shapes, sparsity, scope, "rows", policy_of(shape))
+
+
+def ranks(description, seed=0):
+    """Layers differ in what they are worth, so that units have a reason to move."""
+    generator = torch.Generator().manual_seed(seed)
+    parts = [torch.randn(g.units, generator=generator) + 1 + 0.5 * (n % 3) for n, g in enumerate(description.groups)]
+    return torch.cat(parts)
+
+
+def widths(description, kept_N):
+    """Group → kept units, of experts those of each that is not gone."""
+    found = {}
+    for g in description.groups:
+        counts = by_group(kept_N, description.groups)[g.name].unflatten(0, (g.experts or 1, -1)).sum(1)
+        found[g.name] = sorted(set(counts[counts > 0].tolist())) or [0]
+    return found
+
+
+def divides(group, width, ranks):
+    """By hand: what a rank of tensor parallelism wants of a width."""
+    if not group.attends:
+        return width % ranks == 0
+    heads = width * dict(group.sizes)["num_attention_heads"]
+    keys = width if group.kind == "kv_groups" else heads
+    return heads % ranks == 0 and (keys % ranks == 0 or ranks % keys == 0)
+
+
+# --- widths ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scope", ["model", "kind", "layer"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_width_is_a_multiple_and_divides_over_the_ranks(description, shape, scope):
+    policy = policy_of(shape)
+    try:
+        limits = budget(description, shape, 0.35, scope)
+    except InputError as error:  # of 32 channels an expert 24 or 32
+        assert "no equal widths" in str(error) and scope == "layer" and shape in ("aligned:12", "tp:3")
+        return
+    for seed in range(3):
+        found = widths(description, largest_that_fits(ranks(description, seed), limits))
+        for g in description.groups:
+            (width,) = found[g.name]  # of all experts of a layer the same
+            assert divides(g, width, policy.ranks), (g.name, width)
+            if not g.attends:
+                step = policy.ranks * lcm(policy.align, 8 if g.experts and g.width % 8 == 0 else 1)
+                assert width % step == 0 or (width == g.width and g.width % step), (g.name, width)
+
+
+@pytest.mark.parametrize("scope", ["model", "kind"])
+@pytest.mark.parametrize("sparsity", [0.2, 0.35, 0.5, 0.65])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_budget_is_met_from_below_to_within_a_row(description, shape, sparsity, scope):
+    try:
+        limits = budget(description, shape, sparsity, scope)
+    except InputError as error:
+        reason = {0.2: "permits no more than", 0.65: "leaves no room"}[sparsity]
+        assert reason in str(error) and (scope == "kind" or sparsity == 0.2)
+        return
+    for seed in range(3):
+        kept_N = largest_that_fits(ranks(description, seed), limits)
+        for c, allowed in enumerate(limits.allowed_C.tolist()):
+            room = allowed - int(limits.params_N[kept_N & (limits.constraint_N == c)].sum())
+            rows = [next_row(description, limits, g, kept_N, c) for g in description.groups]
+            assert room >= 0, "over budget"
+            assert room < min((r for r in rows if r), default=allowed), "another row would fit"
+
+
+def next_row(description, limits, group, kept_N, constraint):
+    """Parameters of the first row of a group that was not kept; None where all were."""
+    names = [g.name for g in description.groups]
+    start = sum(g.units for g in description.groups[: names.index(group.name)])
+    if limits.constraint_N[start] != constraint:
+        return None
+    counts = kept_N[start : start + group.units].unflatten(0, (group.experts or 1, -1)).sum(1)
+    have = int(counts.max())
+    wider = [w for w in permitted(group, limits.policy) if w > have]
+    stay = int((counts > 0).sum()) if have else group.experts
+    return (wider[0] - have) * unit_params(group, description.shapes) * (stay or 1) if wider else None
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_inside_a_group_the_best_are_kept(description, shape):
+    rank_N = ranks(description)
+    kept = by_group(largest_that_fits(rank_N, budget(description, shape)), description.groups)
+    of_group = by_group(rank_N, description.groups)
+    for g in description.groups:
+        rank_EC, kept_EC = (part[g.name].unflatten(0, (g.experts or 1, -1)) for part in (of_group, kept))
+        for rank_C, mask_C in zip(rank_EC, kept_EC, strict=True):
+            assert not mask_C.any() or mask_C.all() or rank_C[mask_C].min() > rank_C[~mask_C].max()
+
+
+def test_units_move_to_the_layers_that_are_worth_more(gqa):
+    _model, description = gqa
+    rank_N = ranks(description)
+    parts = by_group(rank_N, description.groups)
+    parts["layers.0.channels"] += 3.0
+    parts["layers.2.channels"] -= 3.0
+    found = widths(description, largest_that_fits(torch.cat(list(parts.values())), budget(description, "aligned:16")))
+    assert found["layers.0.channels"] == [80] and found["layers.2.channels"] < [32]
+
+
+def test_rows_are_kept_by_their_mean_and_against_a_count_by_hand():
+    rank_N = torch.tensor([9.0, 0.0, 5.0, 4.9, 4.0, 4.2, 1.0, 1.1])
+    rows = (Rows(slice(0, 4), (2, 4)), Rows(slice(4, 8), (2, 4)))
+    ones_N = torch.ones(8, dtype=torch.int64)
+    limits = Budget(("all",), torch.zeros_like(ones_N), ones_N, torch.tensor([5]), None, Policy(align=2), rows)
+    kept_N = largest_that_fits(rank_N, limits)
+    assert kept_N.tolist() == [True, False, True, False, True, True, False, False]  # 7.0, 4.1, then 2.45 does not fit
+
+
+def test_nothing_is_kept_behind_a_row_that_does_not_fit():
+    """The last, short row of a group would fit, but only in the place of the long one before it."""
+    rank_N = torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0])
+    ones_N = torch.ones(5, dtype=torch.int64)
+    rows = (Rows(slice(0, 5), (2, 4, 5)),)
+    limits = Budget(("all",), torch.zeros_like(ones_N), ones_N, torch.tensor([3]), None, Policy(align=2), rows)
+    assert largest_that_fits(rank_N, limits).tolist() == [True, True, False, False, False]
+    for allowed, kept in ((1, 0), (2, 2), (4, 4), (5, 5)):
+        limits = replace(limits, allowed_C=torch.tensor([allowed]))
+        assert int(largest_that_fits(rank_N, limits).sum()) == kept
+
+
+def test_equal_ranks_do_not_let_a_short_row_overtake():
+    rank_N = torch.full((50,), 0.1)
+    ones_N = torch.ones(50, dtype=torch.int64)
+    rows = (Rows(slice(0, 50), (48, 50)),)
+    limits = Budget(("all",), torch.zeros_like(ones_N), ones_N, torch.tensor([0]), None, Policy(align=48), rows)
+    for allowed, kept in ((47, 0), (48, 48), (49, 48), (50, 50)):
+        limits = replace(limits, allowed_C=torch.tensor([allowed]))
+        assert int(largest_that_fits(rank_N, limits).sum()) == kept
+
+
+@pytest.mark.parametrize("scope", ["model", "kind", "layer", "expert"])
+def test_a_shape_that_asks_for_nothing_keeps_what_ragged_keeps(description, scope):
+    for shape in ("aligned:1", "tp:1"):
+        limits, free = budget(description, shape, 0.4, scope), budget(description, "ragged", 0.4, scope)
+        rank_N = ranks(description)
+        assert torch.equal(largest_that_fits(rank_N, limits), largest_that_fits(rank_N, free))
+    if not any(g.experts for g in description.groups):
+        assert not free.rows, "dense models are planned unit by unit"
+
+
+def test_widths_that_tensor_parallelism_permits_by_hand():
+    groups = {g.kind: g for g in describe(tiny("llama", num_attention_heads=24, num_key_value_heads=6)).groups}
+    heads, channels = groups["kv_groups"], groups["channels"]  # 4 query heads a group; 40 channels
+    assert permitted(heads, policy_of("tp:2")) == (1, 2, 4, 6)  # one group: its key is replicated, 2 heads a rank
+    assert permitted(heads, policy_of("tp:4")) == (1, 2, 4)
+    assert permitted(heads, policy_of("tp:3")) == (3, 6)
+    assert permitted(heads, policy_of("tp:8")) == (2, 4)
+    assert permitted(channels, policy_of("tp:3")) == tuple(range(3, 40, 3))  # 40 itself does not divide
+    assert permitted(channels, policy_of("tp:2,aligned:12")) == (24, 40)
+    assert permitted(channels, policy_of("aligned:16")) == (16, 32, 40)
+    one = next(g for g in describe(MODELS["mqa"]()).groups if g.attends)
+    assert permitted(one, policy_of("tp:4")) == (4, 8, 12)
+    experts = next(g for g in describe(MODELS["qwen3_moe"]()).groups if g.experts)
+    assert permitted(experts, policy_of("aligned:12")) == (24, 48, 64)
+    assert permitted(experts, policy_of("tp:2")) == (16, 32, 48, 64)
+    assert permitted(experts, policy_of("tp:3")) == (24, 48)
+    assert permitted(experts, policy_of("ragged")) == tuple(range(8, 65, 8))
+
+
+@pytest.mark.parametrize("shape", ["uniform,aligned:16", "uniform,tp:2", "uniform,tp:2,aligned:8"])
+def test_equal_widths_are_permitted_ones_within_the_budget(description, shape):
+    limits = budget(description, shape, 0.4, "expert")
+    found = widths(description, largest_that_fits(ranks(description), limits))
+    for kind in description.kinds:
+        same = {tuple(found[g.name]) for g in description.groups if g.kind == kind}
+        assert len(same) == 1
+        group = next(g for g in description.groups if g.kind == kind)
+        assert next(iter(same))[0] in permitted(group, limits.policy)
+    assert int(limits.allowed_C.sum()) <= 0.6 * description.unit_parameters
+
+
+# --- stored ----------------------------------------------------------------------------------------------------------
+
+
+def planned(description, shape, sparsity=0.4, seed=0, close=()):
+    parts = by_group(ranks(description, seed), description.groups)
+    for name in close:
+        parts[name].fill_(-9.0)
+    z_N = torch.cat([parts[g.name] for g in description.groups])
+    return make_plan(Gates(z_N, description.groups, {}), budget(description, shape, sparsity), shape, lambda _: 1.0)
+
+
+@pytest.mark.parametrize("shape", ["aligned:16", "tp:2", "tp:3", "tp:2,aligned:8"])
+def test_what_is_exported_computes_what_the_gated_model_computes(description, shape, request, tmp_path):
+    model = MODELS[request.node.callspec.params["description"]]()
+    plan, _ = planned(description, shape, 0.45)
+    gated = gated_logits(model, description, plan, tokens())
+    export(model, None, description, plan, tmp_path / "model")
+    exported = load(tmp_path / "model", dtype=torch.float32)
+    assert {n: tuple(p.shape) for n, p in exported.named_parameters()} == pruned_shapes(description, plan)
+    assert (gated - dense_logits(model, tokens())).abs().max() > 1e-3
+    assert (gated - dense_logits(exported, tokens())).abs().max() < 1e-5
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    for layer in config["per_layer_config"].values():
+        for key in ("num_attention_heads", "intermediate_size", "moe_intermediate_size"):
+            assert layer.get(key, 0) % policy_of(shape).ranks == 0
+
+
+@pytest.mark.parametrize(("shape", "width"), [("ragged", 8), ("aligned:32", 32), ("tp:3", 24), ("tp:2,aligned:12", 48)])
+def test_a_mixture_whose_experts_are_all_gone_is_stored_in_a_permitted_width(shape, width, tmp_path):
+    model = MODELS["qwen3_moe"]()
+    description = describe(model)
+    plan, _ = planned(description, shape, 0.5, close=("layers.1.expert_channels",))
+    assert plan.sizes(description.groups)["layers.1.expert_channels"] == (width, 2)
+    export(model, None, description, plan, tmp_path / "model")
+    exported = load(tmp_path / "model", dtype=torch.float32)
+    gated = gated_logits(model, description, plan, tokens())
+    assert (gated - dense_logits(exported, tokens())).abs().max() < 1e-5
+
+
+def test_experts_are_filled_up_to_what_a_shape_permits():
+    group = next(g for g in describe(MODELS["qwen3_moe"]()).groups if g.experts)
+    kept = torch.arange(3)
+    assert packed(group, kept).channels_EW.shape[1] == 8
+    assert packed(group, kept, policy_of("aligned:32")).channels_EW.shape[1] == 32
+    assert packed(group, torch.arange(33), policy_of("aligned:48")).channels_EW.shape[1] == 48
+    assert packed(group, torch.arange(49), policy_of("aligned:48")).channels_EW.shape[1] == 64
+
+
+def test_a_plan_file_whose_widths_its_shape_does_not_permit_is_refused(gqa, tmp_path):
+    _model, description = gqa
+    plan, rounding = planned(description, "tp:2,aligned:8")
+    path = tmp_path / "plan.json"
+    save_plan(path, plan, rounding, "abc")
+    assert load_plan(path, description.groups, "abc")[0].policy == Policy("ragged", 8, 2)
+    values = json.loads(path.read_text())
+    for shape, reason in (("aligned:32", "does not permit"), ("tp:7", "does not permit"), ("trapezoid", "no shape"),
+                          (["ragged"], "not a valid plan"), ("aligned:0", "at least 1")):  # fmt: skip
+        path.write_text(json.dumps(values | {"shape": shape}))
+        with pytest.raises(InputError, match=reason) as error:
+            load_plan(path, description.groups, "abc")
+        assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+# --- words -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("said", "read"),
+    [("ragged", "ragged"), ("aligned:64", "aligned:64"), ("tp:2", "tp:2"), ("aligned:64,tp:2", "tp:2,aligned:64"),
+     ("aligned:64, uniform", "uniform,aligned:64"), ("ragged,aligned:064", "aligned:64"), ("aligned:1", "ragged"),
+     ("uniform,tp:1", "uniform"), ("padded", "padded")],
+)  # fmt: skip
+def test_words_are_read_in_any_order_and_written_in_one(said, read):
+    assert str(policy_of(said)) == read and policy_of(read) == policy_of(said)
+    assert Config(model="m", sparsity=0.3, shape=said).shape == read
+
+
+WRONG = [
+    ("aligned:0", "at least 1"), ("aligned:x", "at least 1"), ("aligned", "at least 1"), ("aligned:-8", "at least 1"),
+    ("tp:0", "at least 1"), ("tp:2.5", "at least 1"), ("trapezoid", "'trapezoid' is no shape"), ("", "is no shape"),
+    ("uniform:4", "is no shape"), ("aligned:8,aligned:16", "twice"), ("uniform,ragged", "contradicts"),
+    ("padded,aligned:8", "stands alone"), ("padded,tp:2", "stands alone"), ("aligned:64 tp:2", "at least 1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("shape", "reason"), WRONG)
+def test_what_is_no_shape_is_refused_in_one_line(shape, reason):
+    with pytest.raises(InputError, match=reason) as error:
+        policy_of(shape)
+    assert "--shape" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("shape", ["uniform,aligned:64", "uniform,tp:2"])
+def test_equal_widths_contradict_other_budgets_and_biases_whatever_they_are_multiples_of(shape):
+    for option, value in (("per", "model"), ("method", "flap")):
+        with pytest.raises(InputError, match="--shape uniform,") as error:
+            Config(model="m", sparsity=0.3, shape=shape, **{option: value})
+        assert f"--{option} {value}" in str(error.value)
+    assert Config(model="m", sparsity=0.3, shape=shape).resolved().per == "expert"
+
+
+# --- what a model cannot be ------------------------------------------------------------------------------------------
+
+
+def refused(description, shape, sparsity=0.4, **options):
+    with pytest.raises(InputError) as error:
+        description.check_shape(shape)
+        options = {"scope": "model", "tie": "rows", "policy": policy_of(shape)} | options
+        make_budget(description.groups, description.shapes, sparsity, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_shapes_that_a_model_cannot_have_are_refused(gqa):
+    _model, description = gqa
+    assert "the widest has 80; use a smaller N" in refused(description, "aligned:81")
+    assert "on each of 2 ranks, the widest has 80" in refused(description, "tp:2,aligned:48")
+    assert "neither the 12 heads in 6 groups of layers.0.kv_groups nor fewer" in refused(description, "tp:7")
+    described = describe(nine_heads())
+    assert permitted(described.groups[0], policy_of("tp:2")) == (2,), "one group fewer divides"
+    assert "neither the 9 heads in 3 groups" in refused(described, "tp:4")
+    assert "neither the 8 channels of" in refused(describe(nine_heads(intermediate_size=8)), "tp:9")
+
+
+def nine_heads(**changes):
+    return tiny("qwen2", **{"num_attention_heads": 9, "num_key_value_heads": 3} | changes)
+
+
+def test_what_stays_whole_must_divide_as_it_is():
+    description = describe(nine_heads(intermediate_size=60)).only(["channels"])
+    assert "stays whole" in refused(description, "tp:2") and "add heads to --units" in refused(description, "tp:2")
+    description.check_shape("tp:3")
+    description.check_shape("aligned:16")
+
+
+def test_budgets_that_a_shape_cannot_meet_are_refused(gqa):
+    _model, description = gqa
+    assert "leaves no room for any width" in refused(description, "aligned:80", 0.995)
+    described = describe(nine_heads(intermediate_size=64))
+    said = refused(described, "tp:2", 0.05)
+    assert "--shape tp:2 permits no more than" in said
+    needed = float(said.split("--sparsity ")[-1].split()[0])
+    make_budget(described.groups, described.shapes, needed, "model", "rows", policy_of("tp:2"))
+    with pytest.raises(InputError):
+        make_budget(described.groups, described.shapes, needed - 0.02, "model", "rows", policy_of("tp:2"))
+    assert "no equal widths" in refused(description, "uniform,aligned:64", 0.7, scope="expert")
+
+
+def test_whole_experts_need_a_width_that_divides():
+    description = describe(MODELS["qwen3_moe"]()).only(())
+    assert "removes whole experts" in refused(description, "tp:3", scope="layer", tie="experts")
+    limits = make_budget(description.groups, description.shapes, 0.4, "layer", "experts", policy_of("tp:2"))
+    found = widths(description, largest_that_fits(ranks(description), limits))
+    assert all(width == [64] for width in found.values())
+
+
+# --- learning --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["deterministic", "grasprune", "hard-concrete"])
+@pytest.mark.parametrize("shape", ["aligned:16", "tp:2"])
+def test_values_are_learned_for_the_set_that_is_planned(shape, method):
+    model = small_llama(num_key_value_heads=4)
+    description = describe(model)
+    limits = budget(description, shape, 0.3)
+    ids = torch.randint(3, 64, (18, 16), generator=torch.Generator().manual_seed(1))
+    learned = learn(
+        model, description.groups, ids[:16], ids[16:], limits, auto_recipe(8), steps=8, batch_size=2, method=method
+    )
+    assert learned.fixing is not None and learned.fixing.kept_after <= 0.7
+    assert torch.equal(learned.z_N > 0, largest_that_fits(learned.z_N, limits))
+    plan, rounding = make_plan(
+        Gates(learned.z_N, description.groups, {}, learned.value_N), limits, shape, lambda _: 1.0
+    )
+    assert rounding.closed == rounding.reopened == 0
+    for g in description.groups:
+        assert len(plan.kept[g.name]) in (0, *permitted(g, limits.policy))
+
+
+def test_a_hard_mask_has_permitted_widths_at_every_step(gqa):
+    _model, description = gqa
+    limits = budget(description, "aligned:16")
+    recipe = replace(auto_recipe(10), dual_lr=(0.0, 0.0, 0.0), dual_start=(0.0, 0.0, 0.0))
+    optimiser = Optimiser(recipe, limits, 10, 0, torch.device("cpu"), RELAXATIONS["grasprune"])
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        optimiser.advance(torch.randn(len(limits.params_N), generator=generator), 1.0, 1.0, 0.0)
+        open_units = by_group(optimiser.open_N, description.groups)
+        for g in description.groups:
+            assert int(open_units[g.name].sum()) in (0, *permitted(g, limits.policy))
+
+
+def test_scores_are_kept_in_rows_and_the_gates_file_repeats_them(dense, text, tmp_path):
+    run = tmp_path / "run"
+    assert "sensitivity" in ONE_SHOT
+    assert secateur(*prune_arguments(dense, text, run, method="sensitivity", shape="aligned:16")) == 0
+    plan = json.loads((run / "plan.json").read_text())
+    assert all(w % 16 == 0 for name, w in plan["widths"].items() if name.endswith("channels"))
+    gates = gates_file(run)
+    assert {n: int((z > 0).sum()) for n, z in gates.items() if n in plan["widths"]} == plan["widths"]
+
+
+# --- the command line ------------------------------------------------------------------------------------------------
+
+
+def test_prune_learns_exports_and_verifies_an_aligned_model(capsys, dense, text, tmp_path):
+    run = tmp_path / "run"
+    assert secateur(*prune_arguments(dense, text, run, shape="aligned:16")) == 0
+    plan = json.loads((run / "plan.json").read_text())
+    assert plan["shape"] == "aligned:16" and (plan["rounding"]["closed"], plan["rounding"]["reopened"]) == (0, 0)
+    assert all(w % 16 == 0 for name, w in plan["widths"].items() if name.endswith("channels"))
+    assert 0.6 < plan["rounding"]["kept"] <= 0.7 + 1e-6
+    assert json.loads((run / "verify.json").read_text())["passed"]
+    assert "multiples of 16" in (run / "model" / "README.md").read_text()
+    capsys.readouterr()
+    assert secateur("plan", run) == 0
+    assert "aligned:16 beside ragged" in capsys.readouterr().out
+    assert json.loads((run / "plan.json").read_text()) == plan
+
+
+def test_plan_and_export_take_another_shape_and_say_what_it_costs(capsys, run):
+    capsys.readouterr()
+    assert secateur("plan", run, "--shape", "aligned:8,tp:2") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    planned_loss = json.loads((run / "plan.json").read_text())["rounding"]["held_out_planned"]
+    session = open_session(run)
+    costs, _ = compare_shapes(session, "tp:2,aligned:8")
+    by_shape = {c.shape: c for c in costs}
+    rise = by_shape["tp:2,aligned:8"].held_out - by_shape["ragged"].held_out
+    assert by_shape["tp:2,aligned:8"].held_out == pytest.approx(planned_loss, abs=1e-6)
+    assert f"held-out loss {rise:+.4f} (perplexity × {torch.tensor(rise).exp().item():.4f})" in said
+    for shape in ("ragged", "tp:2,aligned:8"):
+        assert f"{by_shape[shape].kept:.2%}" in said
+    assert secateur("export", run, "--shape", "tp:2,aligned:8") == 0
+    assert secateur("verify", run) == 0
+    widths_of = json.loads((run / "plan.json").read_text())["widths"]
+    assert all(w % (16 if name.endswith("channels") else 2) == 0 for name, w in widths_of.items())
+    assert secateur("export", run, "--shape", "uniform,aligned:16") == 0 and secateur("verify", run) == 0
+    config = json.loads((run / "model" / "config.json").read_text())
+    assert "auto_map" not in config and config["intermediate_size"] % 16 == 0
+
+
+def test_ragged_is_compared_with_nothing(capsys, run):
+    capsys.readouterr()
+    assert secateur("plan", run) == 0
+    assert "beside" not in capsys.readouterr().out
+
+
+def test_compare_lists_the_usual_shapes_and_the_one_asked_for(capsys, run):
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "timings.json"}
+    capsys.readouterr()
+    assert secateur("plan", run, "--compare", "--shape", "aligned:16") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    for shape in ("dense", "ragged", "uniform", "aligned:32", "aligned:64", "tp:2", "aligned:16"):
+        assert shape in said
+    assert "not possible: aligned:128: --shape aligned:128: no layer has 128 channels, the widest has 64" in said
+    assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.parametrize(
+    ("shape", "reason"), [*WRONG[:4], WRONG[6], ("aligned:65", "the widest has 64"), ("tp:9", "neither the 8 heads")]
+)
+def test_bad_shapes_end_in_one_line_and_before_any_text_is_read(capsys, dense, text, tmp_path, run, shape, reason):
+    assert reason in complaint(capsys, *prune_arguments(dense, text, tmp_path / "new", shape=shape))
+    assert not (tmp_path / "new" / "data.safetensors").exists()
+    for command in ("plan", "export"):
+        assert reason in complaint(capsys, command, run, "--shape", shape)
+
+
+def test_a_mixture_goes_the_whole_way_in_multiples(tmp_path, text):
+    small_mixture(moe_intermediate_size=48).save_pretrained(tmp_path / "dense")
+    small_tokenizer().save_pretrained(tmp_path / "dense")
+    run = tmp_path / "run"
+    assert secateur(*prune_arguments(tmp_path / "dense", text, run, shape="aligned:16", sparsity=0.4)) == 0
+    assert json.loads((run / "verify.json").read_text())["passed"]
+    model = load(run / "model")
+    assert all(layer.mlp.experts.down_proj.shape[2] % 16 == 0 for layer in model.model.layers)
