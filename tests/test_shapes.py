@@ -408,6 +408,29 @@ def test_values_are_learned_for_the_set_that_is_planned(shape, method):
         assert len(plan.kept[g.name]) in (0, *permitted(g, limits.policy))
 
 
+def test_learning_does_not_go_on_from_a_checkpoint_for_another_shape(tmp_path):
+    model = small_llama(num_key_value_heads=4)
+    description = describe(model)
+    ids = torch.randint(3, 64, (10, 16), generator=torch.Generator().manual_seed(1))
+
+    def learned(shape, on_step=lambda _: None):
+        limits = budget(description, shape, 0.3)
+        return learn(
+            model, description.groups, ids[:8], ids[8:], limits, auto_recipe(4), steps=4, batch_size=2,
+            checkpoint=tmp_path / "checkpoint.safetensors", on_step=on_step,
+        )  # fmt: skip
+
+    def interrupt(step):
+        if step.step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        learned("aligned:16", interrupt)
+    with pytest.raises(InputError, match="belongs to other settings"):
+        learned("aligned:8")
+    assert torch.equal(learned("aligned:16").z_N, learned("aligned:16").z_N)
+
+
 def test_a_hard_mask_has_permitted_widths_at_every_step(gqa):
     _model, description = gqa
     limits = budget(description, "aligned:16")
@@ -462,7 +485,7 @@ def test_plan_and_export_take_another_shape_and_say_what_it_costs(capsys, run):
     assert f"held-out loss {rise:+.4f} (perplexity × {torch.tensor(rise).exp().item():.4f})" in said
     for shape in ("ragged", "tp:2,aligned:8"):
         assert f"{by_shape[shape].kept:.2%}" in said
-    assert secateur("export", run, "--shape", "tp:2,aligned:8") == 0
+    assert secateur("export", run, "--shape", "aligned:8,tp:2", "--low-memory") == 0  # which does not plan anew
     assert secateur("verify", run) == 0
     widths_of = json.loads((run / "plan.json").read_text())["widths"]
     assert all(w % (16 if name.endswith("channels") else 2) == 0 for name, w in widths_of.items())

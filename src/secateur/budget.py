@@ -15,7 +15,7 @@ import torch
 from secateur.config import Tie
 from secateur.describe import Description
 from secateur.files import InputError
-from secateur.policy import RAGGED, Policy, check_permitted, permitted
+from secateur.policy import RAGGED, Policy, permitted
 from secateur.units import Group, Shapes, Size, sliced_shapes, unit_params, whole
 
 
@@ -92,9 +92,9 @@ def make_budget(
 
     With scope `layer` or `expert` all layers keep as many units of a kind: heads rounded to the nearest whole number,
     channels take up the rest; `expert` asks the same of the experts of a layer. `tie` says what of a mixture goes
-    together, `policy` which widths there may be. Raises InputError when no such widths meet the budget.
+    together, `policy` which widths there may be, at least one for each group (`Description.check_shape`). Raises
+    InputError when no such widths meet the budget.
     """
-    check_permitted(policy, groups)
     params = {g.name: unit_params(g, shapes) for g in groups}
     equal = scope in ("layer", "expert")
     if tie == "experts":

@@ -74,8 +74,9 @@ class Plan:
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
     shape: AnyShape = None
-    """Widths that differ by layer, the same in all layers, or by expert, too; in multiples of N channels (for kernels and
-    the groups of quantisation), or divisible over K ranks of tensor parallelism; `tp:2,aligned:64` is both (default: the run's). The plan then says what it costs beside ragged widths."""
+    """Widths that differ by layer, the same in all layers, or by expert, too; in multiples of N channels (for kernels
+    and the groups of quantisation), or divisible over K ranks of tensor parallelism; `tp:2,aligned:64` is both
+    (default: the run's). The plan then says what it costs beside ragged widths."""
     compare: bool = False
     """Say what each of the usual shapes, and `--shape`, would cost in loss and save in bytes and FLOPs, and write
     nothing."""
@@ -88,8 +89,9 @@ class Export:
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
     shape: AnyShape = None
-    """Widths that differ by layer, the same in all layers, or by expert, too; in multiples of N channels (for kernels and
-    the groups of quantisation), or divisible over K ranks of tensor parallelism; `tp:2,aligned:64` is both (default: the plan's)."""
+    """Widths that differ by layer, the same in all layers, or by expert, too; in multiples of N channels (for kernels
+    and the groups of quantisation), or divisible over K ranks of tensor parallelism; `tp:2,aligned:64` is both
+    (default: the plan's)."""
     low_memory: bool = False
     """Leave the dense weights on disk and cut one after the other: for models larger than memory. Takes a second copy
     of them in the run folder meanwhile. Memory: a few times the largest weight, and a shard (`--max-shard-size`)."""

@@ -88,8 +88,10 @@ RECIPES = {"auto": auto_recipe, "paper": paper_recipe}
 Scope = Literal["model", "kind", "layer", "expert"]
 
 _SAID = tyro.conf.arg(metavar="ragged|uniform|padded|aligned:N|tp:K")
-Shape, AnyShape = Annotated[str, _SAID], Annotated[str | None, _SAID]
-"""The words that policy.py reads; None where an option may be left out."""
+Shape = Annotated[str, _SAID]
+"""Words that policy.py reads."""
+AnyShape = Annotated[str | None, _SAID]
+"""The same where the option may be left out."""
 
 Tie = Literal["rows", "experts"]
 """What of a mixture goes together: `rows`, the channels of the same rank in all experts of a layer, so that these stay
