@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from secateur.describe import Description, describe
-from secateur.export import export
+from secateur.export import as_shipped, export
 from secateur.files import InputError
 from tiny import LATENT, MIXTURE, dense_logits, gated_logits, load, random_plan, tiny, tokens
 
@@ -182,6 +183,17 @@ def test_biases_of_routers_keep_their_precision(tmp_path: Path) -> None:
     exported = load(tmp_path / "model", dtype=torch.bfloat16)
     kept = exported.get_buffer("model.layers.1.mlp.gate.e_score_correction_bias")
     assert torch.equal(kept.float(), bias)
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_weights_go_by_the_names_that_stock_checkpoints_have(family: str, tmp_path: Path) -> None:
+    """Servers read these; Mixtral's router, for one, has another name in checkpoints than in transformers' model."""
+    model = tiny(MIXTURES[family][0], **MIXTURES[family][1])
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        stock = set(file.keys())
+    shipped = {name for name, _ in as_shipped(model, model.state_dict(keep_vars=True).items())}
+    assert shipped - {"lm_head.weight"} == stock - {"lm_head.weight"}
 
 
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])

@@ -10,6 +10,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from secateur.cli import main
+from vocabularies import LINES, split_by_llamacpp
 
 MODEL = Path(__file__).parents[1] / ".cache/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -65,3 +66,14 @@ def test_the_export_generates_in_left_padded_batches_as_it_does_alone(run: Path)
     together = model.generate(**batch, max_new_tokens=8, do_sample=False)[:, -8:]
     assert torch.equal(together, torch.stack(alone))
     assert tokenizer.chat_template
+
+
+def test_llamacpp_splits_and_continues_text_as_transformers_does(run: Path) -> None:
+    main(["export", str(run), "--format", "gguf", "--gguf-type", "q8_0"])
+    tokenizer = AutoTokenizer.from_pretrained(run / "model", trust_remote_code=True)
+    lines = [*LINES, *next(iter(topics.values())).splitlines()]
+    for line, ids in zip(lines, split_by_llamacpp(run / "model-q8_0.gguf", lines), strict=True):
+        assert ids == tokenizer(line)["input_ids"], line
+    main(["verify", str(run), "--runtime", "llamacpp", "--prompts", "3", "--new-tokens", "16"])
+    found = json.loads((run / "verify-llamacpp.json").read_text())
+    assert all(a["equal"] and a["difference"] < 2e-3 for a in found["pruned"] + found["dense"])

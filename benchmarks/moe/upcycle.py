@@ -38,7 +38,7 @@ from secateur.objective import distillation_loss
 
 EXPERTS, CHOSEN, WIDTH = 8, 2, 512
 """Experts, experts a token, channels an expert: 1,024 of 1,536 dense channels are active."""
-CLUSTERED_ROWS, SEQ_LEN, BATCH = 64, 256, 2
+CLUSTERED_ROWS, SEQ_LEN, BATCH = 64, 256, 4
 SHARPNESS = 8.0
 """Length of the router's rows, in units of 1 / the typical length of an MLP's input."""
 STEPS = 1000

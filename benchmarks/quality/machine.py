@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from secateur.measure import processor
+
 PACKAGES = ("secateur", "torch", "transformers", "lm_eval")
 ROOT = Path(__file__).parents[2]
 
@@ -16,7 +18,7 @@ def machine() -> dict[str, str | int]:
     """Processor, cores that may be used, threads that torch uses, and memory."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
-        "cpu": _processor(),
+        "cpu": processor(),
         "cores": os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
         "ram_gb": round(memory / 1e9),
@@ -33,13 +35,6 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found | {"commit": COMMIT}
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
 
 
 def _commit() -> str:

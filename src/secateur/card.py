@@ -5,10 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from rich.console import Console
+from rich.table import Table
 
 from secateur.config import ONE_SHOT, Config
 from secateur.plan import COSTLY, Rounding
 from secateur.policy import policy_of
+from secateur.run import Run
 
 PAPER = "Deterministic Differentiable Structured Pruning for Large Language Models (arXiv 2603.08065)"
 
@@ -268,3 +271,22 @@ def public_name(source: str) -> str:
         return "text that the model itself wrote"
     local = Path(source).expanduser().exists() or source.startswith(("/", ".", "~"))
     return Path(source).name if local else source
+
+
+def print_results(console: Console, run: Run, results: dict[str, Any]) -> None:
+    """What the screen shows at the end of a run."""
+    table = Table(title=f"{run.config.model} → {run.model}", title_justify="left")
+    for column in ("", "dense", "pruned", "change"):
+        table.add_column(column, justify="right" if column else "left")
+    for row in summary(results):
+        table.add_row(*row)
+    console.print(table)
+    text = f"perplexity: {protocol(results)}, {results['text']}; FLOPs without attention over the context"
+    console.print(text, markup=False)
+    if tasks := task_protocol(results):
+        console.print(f"tasks: {tasks}", markup=False)
+    console.print(arrival(results))
+    seconds = ", ".join(f"{stage} {took:.0f} s" for stage, took in results["seconds"].items())
+    console.print(f"time: {seconds}")
+    for warning in warnings(results):
+        console.print(f"[yellow]warning:[/yellow] {warning}")

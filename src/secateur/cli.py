@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 from rich.console import Console
-from rich.table import Table
 from safetensors import SafetensorError
 
 from secateur import __version__
 from secateur.config import LEARNING_FIELDS, AnyShape, Config, load_config
 from secateur.files import InputError
+from secateur.measure import Bench
 
 if TYPE_CHECKING:
     from secateur.run import Run
@@ -95,6 +95,10 @@ class Export:
     low_memory: bool = False
     """Leave the dense weights on disk and cut one after the other: for models larger than memory. Takes a second copy
     of them in the run folder meanwhile. Memory: a few times the largest weight, and a shard (`--max-shard-size`)."""
+    format: Literal["hf", "gguf"] = "hf"
+    """`hf`: the checkpoint itself; `gguf`: what is there, else made, in one file, RUN/model-TYPE.gguf."""
+    gguf_type: Literal["f32", "f16", "q8_0"] = "f16"
+    """Type of the matrices in a GGUF file; norms stay f32."""
 
 
 @dataclass
@@ -103,6 +107,12 @@ class Verify:
 
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
+    runtime: Literal["transformers", "llamacpp", "vllm"] = "transformers"
+    """Others: compare greedy text of the export there and in transformers instead: verify-RUNTIME.json."""
+    prompts: int = 8
+    """Held-out rows whose first 32 tokens another runtime goes on from."""
+    new_tokens: int = 32
+    """Tokens that it writes."""
 
 
 @dataclass
@@ -170,8 +180,7 @@ def prune(options: Prune) -> None:
         run = open_run(options.resume)
     else:
         run = new_run(Config(**{f.name: getattr(options, f.name) for f in fields(Config)}))
-    results = _staged(run, "remaining_stages")
-    _print_results(run, results)
+    _print(run, _staged(run, "remaining_stages"))
 
 
 def inspect(options: Inspect) -> None:
@@ -218,14 +227,26 @@ def plan(options: Plan) -> None:
 def export(options: Export) -> None:
     """`secateur export`."""
     run = _open(options.run)
+    if options.format == "gguf":
+        from secateur.equivalence import gguf_stage
+
+        kind, shape = options.gguf_type, options.shape
+        path, written = _staged(run, gguf_stage, kind=kind, shape=shape, low_memory=options.low_memory)
+        return console.print(f"wrote {path} ({written})", markup=False, soft_wrap=True)
     _staged(run, "export_stage", shape=options.shape, low_memory=options.low_memory)
-    console.print(f"wrote {run.model}", markup=False, soft_wrap=True)
+    return console.print(f"wrote {run.model}", markup=False, soft_wrap=True)
 
 
 def verify(options: Verify) -> None:
     """`secateur verify`."""
+    if options.runtime != "transformers":
+        from secateur.equivalence import runtime_stage, table
+
+        own = {name: getattr(options, name) for name in ("runtime", "prompts", "new_tokens")}
+        return console.print(table(_staged(_open(options.run), runtime_stage, **own)))
     for c in _staged(_open(options.run), "verify_stage"):
         console.print(f"{c.dtype}: logits differ by at most {c.max_difference:.2g} on {c.tokens:,} tokens: passed")
+    return None
 
 
 def refit(options: Refit) -> None:
@@ -246,7 +267,14 @@ def recover(options: Recover) -> None:
 def evaluate(options: Eval) -> None:
     """`secateur eval`."""
     run = _open_with(options)
-    _print_results(run, _staged(run, "eval_stage"))
+    _print(run, _staged(run, "eval_stage"))
+
+
+def bench(options: Bench) -> None:
+    """`secateur bench`."""
+    from secateur.bench import bench_run, show
+
+    show(console, bench_run(_open(options.run), options, lambda said: console.print(said, markup=False)))
 
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
@@ -259,6 +287,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "refit": (Refit, refit),
     "recover": (Recover, recover),
     "eval": (Eval, evaluate),
+    "bench": (Bench, bench),
 }
 
 
@@ -278,8 +307,8 @@ def _open_with(options: Any) -> "Run":
     return replace(run, config=replace(run.config, **own))
 
 
-def _staged(run: "Run", stage: str, **options: Any) -> Any:
-    """Runs a stage, or all of them, with progress on the screen."""
+def _staged(run: "Run", stage: str | Callable[..., Any], **options: Any) -> Any:
+    """Runs a stage (its function, or its name in stages.py), or all of them, with progress on the screen."""
     from secateur import stages
     from secateur.progress import Screen
     from secateur.session import Session
@@ -287,7 +316,8 @@ def _staged(run: "Run", stage: str, **options: Any) -> Any:
     console.print(f"run folder: {run.folder}", markup=False, soft_wrap=True)
     try:
         with Screen(console, run.config) as screen:
-            return getattr(stages, stage)(Session(run, screen), **options)
+            function = getattr(stages, stage) if isinstance(stage, str) else stage
+            return function(Session(run, screen), **options)
     except KeyboardInterrupt:
         again = f"secateur prune --resume {run.folder}" if stage == "remaining_stages" else "the same command"
         errors.print(f"interrupted; nothing is lost, go on with: {again}", markup=False)
@@ -297,24 +327,10 @@ def _staged(run: "Run", stage: str, **options: Any) -> Any:
         sys.exit(1)
 
 
-def _print_results(run: "Run", results: dict[str, Any]) -> None:
-    from secateur.card import arrival, protocol, summary, task_protocol, warnings
+def _print(run: "Run", results: dict[str, Any]) -> None:
+    from secateur.card import print_results
 
-    table = Table(title=f"{run.config.model} → {run.model}", title_justify="left")
-    for column in ("", "dense", "pruned", "change"):
-        table.add_column(column, justify="right" if column else "left")
-    for row in summary(results):
-        table.add_row(*row)
-    console.print(table)
-    text = f"perplexity: {protocol(results)}, {results['text']}; FLOPs without attention over the context"
-    console.print(text, markup=False)
-    if tasks := task_protocol(results):
-        console.print(f"tasks: {tasks}", markup=False)
-    console.print(arrival(results))
-    seconds = ", ".join(f"{stage} {took:.0f} s" for stage, took in results["seconds"].items())
-    console.print(f"time: {seconds}")
-    for warning in warnings(results):
-        console.print(f"[yellow]warning:[/yellow] {warning}")
+    print_results(console, run, results)
 
 
 def _defaults(arguments: Sequence[str]) -> Prune | None:

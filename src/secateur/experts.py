@@ -40,7 +40,9 @@ def forward(module: Any, hidden_RH: Tensor, index_RK: Tensor, weight_RK: Tensor)
     Memory: beside the weights, the activations of one expert at a time, plus what the backward pass needs of all.
     """
     inside: Inside | None = getattr(module, "_secateur_inside", None)
-    read, up = getattr(module, reader(module)), reader(module)
+    up = reader(module)
+    # Unbound once: indexing would make the backward pass of trained weights write all experts for each of them.
+    read, write = getattr(module, up).unbind(), module.down_proj.unbind()
     result_RH = torch.zeros_like(hidden_RH)
     for e in index_RK[index_RK < len(read)].unique().tolist():
         token, slot = (index_RK == e).nonzero(as_tuple=True)
@@ -49,7 +51,7 @@ def forward(module: Any, hidden_RH: Tensor, index_RK: Tensor, weight_RK: Tensor)
         routing = weight_RK[token, slot, None]
         if inside is not None:
             x = inside(e, x, routing)
-        y = _linear(module, x, module.down_proj[e], "down_proj_bias", e) * routing
+        y = _linear(module, x, write[e], "down_proj_bias", e) * routing
         result_RH = result_RH.index_add(0, token, y.to(result_RH.dtype))
     return result_RH
 

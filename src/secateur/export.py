@@ -41,11 +41,6 @@ from secateur.units import whole
 
 EXPORT_FORMAT = 1
 MODELING_FILE = "modeling_pruned.py"
-AUTO_MAP = {
-    "AutoConfig": "modeling_pruned.PrunedConfig",
-    "AutoModel": "modeling_pruned.PrunedModel",
-    "AutoModelForCausalLM": "modeling_pruned.PrunedForCausalLM",
-}
 
 
 def export(
@@ -75,15 +70,15 @@ def export(
         temporary.mkdir()
         if stock.__module__.startswith(families.__name__):
             values = values | _travelling(stock, temporary)
-        if plan.policy.uniform or "auto_map" not in ragged:
+        if plan.policy.uniform or "per_layer_config" not in ragged:
             skeleton = _write_uniform(values, stock, description, plan, temporary)
         else:
             classes = stock, stock_base
             if values["model_type"] == "llama" and _heads_vary(ragged) and not _biases(values):
                 # LlamaConfig reads the head count as soon as it is made, which fails where layers differ: without
                 # trust_remote_code not even the tokenizer would load.
-                ragged = _as_mistral(ragged) | {"architectures": ragged["architectures"]}
-                classes = MistralForCausalLM, MistralModel
+                ragged, classes = _as_mistral(ragged), (MistralForCausalLM, MistralModel)
+            ragged |= _auto_classes(classes[0])
             write_json(temporary / "config.json", ragged)
             write_text(temporary / MODELING_FILE, _modeling_text(*classes))
             skeleton = _pruned_skeleton(temporary)
@@ -157,8 +152,6 @@ def _ragged(values: dict[str, Any], description: Description, plan: Plan) -> dic
     if all(size == whole(g) for g, size in zip(description.groups, sizes.values(), strict=True)) and not widths:
         return values
     return values | {
-        "architectures": ["PrunedForCausalLM"],
-        "auto_map": AUTO_MAP,
         "per_layer_config": {str(layer): widths[layer] for layer in sorted(widths)},
         "secateur": own,
     }
@@ -241,6 +234,19 @@ def _stock_class(cls: type) -> type[PreTrainedModel]:
     )
 
 
+def _pruned_name(stock: type[PreTrainedModel]) -> str:
+    """Name of the pruned class: that of the stock one is in it, which is all that a serving plugin is told."""
+    return f"Pruned{stock.__name__}"
+
+
+def _auto_classes(stock: type[PreTrainedModel]) -> dict[str, Any]:
+    """What config.json says of the classes in the modelling file."""
+    classes = {"AutoConfig": "PrunedConfig", "AutoModel": "PrunedModel", "AutoModelForCausalLM": _pruned_name(stock)}
+    module = MODELING_FILE.removesuffix(".py")
+    auto_map = {auto: f"{module}.{name}" for auto, name in classes.items()}
+    return {"architectures": [_pruned_name(stock)], "auto_map": auto_map}
+
+
 def _modeling_text(stock: type[PreTrainedModel], stock_base: type[PreTrainedModel]) -> str:
     """modeling_pruned.py with the imports of this architecture in the place of Llama's."""
     text = Path(modeling_pruned.__file__).read_text(encoding="utf-8")
@@ -250,7 +256,7 @@ def _modeling_text(stock: type[PreTrainedModel], stock_base: type[PreTrainedMode
         line = f"from {module} import {cls.__name__} as {alias}"
         text, count = re.subn(rf"^from .* as {alias}  # stock$", line, text, flags=re.MULTILINE)
         assert count == 1, f"no import of {alias} in {MODELING_FILE}"
-    return text
+    return text.replace("class PrunedForCausalLM", f"class {_pruned_name(stock)}")
 
 
 def _travelling(stock: type[PreTrainedModel], folder: Path) -> dict[str, Any]:
@@ -271,7 +277,7 @@ def _pruned_skeleton(folder: Path) -> nn.Module:
         module = importlib.import_module(f"{package.__name__}.{MODELING_FILE.removesuffix('.py')}")
         config = module.PrunedConfig.from_pretrained(folder)
         with torch.device("meta"):
-            return module.PrunedForCausalLM(config)
+            return getattr(module, config.architectures[0])(config)
     finally:
         for name in [n for n in sys.modules if n.partition(".")[0] == package.__name__]:
             del sys.modules[name]
@@ -303,13 +309,13 @@ def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def as_shipped(model: PreTrainedModel, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Fused experts under the names that the model's checkpoints have for them, which stock servers read."""
-    fused = {f"{name}." for name, module in model.named_modules() if is_fused(module)}
+    """Tensors under the names that the model's checkpoints have for them, experts one by one: what stock servers read.
+
+    Only of mixtures: some dense models read older names that they do not write.
+    """
+    mixture = any(is_fused(module) for module in model.modules())
     for name, tensor in tensors:
-        if any(name.startswith(prefix) for prefix in fused):
-            yield from revert_weight_conversion(model, {name: tensor}).items()
-        else:
-            yield name, tensor
+        yield from (revert_weight_conversion(model, {name: tensor}).items() if mixture else [(name, tensor)])
 
 
 def _write_weights(

@@ -14,6 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -55,22 +56,40 @@ def load(
     target = pick_device(device)
     own_dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     wanted = own_dtype if target.type != "cpu" or offload else torch.float32
-    model = _one_line(
-        lambda: model_class(config).from_pretrained(
-            **where,
-            dtype=wanted if dtype == "auto" else getattr(torch, dtype),
-            use_safetensors=None if "gguf_file" in where else True,
-            trust_remote_code=trust_remote_code,
-            **({} if offload is None else {"device_map": {"": "disk"}, "offload_folder": str(offload)}),
-        ),
-        f"cannot load the weights of {name}",
-    )
+    on_disk = {} if offload is None else {"device_map": {"": "disk"}, "offload_folder": str(offload)}
+    model = read_model(name, config, wanted if dtype == "auto" else getattr(torch, dtype), trust_remote_code, **on_disk)
     tokenizer = _one_line(
         lambda: AutoTokenizer.from_pretrained(**where, trust_remote_code=trust_remote_code),
         f"cannot load the tokenizer of {name}",
     )
     model = model.eval().requires_grad_(False)
     return Loaded(model if offload else model.to(target), tokenizer, description, own_dtype)
+
+
+def read_model(
+    name: str, config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool, **options: Any
+) -> PreTrainedModel:
+    """The causal LM of a configuration with its weights. Raises InputError with one line."""
+    where = _source(name)
+    model: PreTrainedModel = _one_line(
+        lambda: model_class(config).from_pretrained(
+            **where,
+            dtype=dtype,
+            use_safetensors=None if "gguf_file" in where else True,
+            trust_remote_code=trust_remote_code,
+            **options,
+        ),
+        f"cannot load the weights of {name}",
+    )
+    return model
+
+
+def read_export(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The checkpoint in a folder as its user loads it, on the CPU; its code is Secateur's own modelling file."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, trust_remote_code=True, use_safetensors=True
+    )
+    return model.eval()
 
 
 def weight_of(model: torch.nn.Module, name: str) -> torch.Tensor:

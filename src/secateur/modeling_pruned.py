@@ -2,7 +2,7 @@
 
 This file travels in the checkpoint (`auto_map`) and needs only torch and transformers ≥ 5.16. A layer whose heads or
 channels are all gone gets a constant in the place of the sublayer; experts without a channel are gone. The three
-imports marked `stock` are those of the checkpoint's own architecture: export writes them.
+imports marked `stock` are those of the checkpoint's own architecture: export writes them, and names the last class.
 """
 
 import copy

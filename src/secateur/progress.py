@@ -17,6 +17,8 @@ TITLES = {
     "plan": "rounding to the budget",
     "export": "writing the pruned model",
     "verify": "comparing gated and exported logits",
+    "gguf": "writing the GGUF file",
+    "runtime": "comparing greedy text of runtimes, pruned and dense",
     "refit": "refitting output projections",
     "recover": "training what is left",
     "eval": "measuring perplexity",

@@ -86,6 +86,10 @@ class Run:
         """Dense against pruned figures."""
         return self.folder / "eval.json"
 
+    def converted(self) -> list[Path]:
+        """What was made of the export for other runtimes."""
+        return [*self.folder.glob("model-*.gguf"), *self.folder.glob("verify-*.json")]
+
     @property
     def timings(self) -> Path:
         """Seconds that each stage took."""

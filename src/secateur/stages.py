@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from secateur.attach import attached, compensation
 from secateur.budget import everything, figures
@@ -23,7 +23,7 @@ from secateur.families import FAMILIES
 from secateur.files import InputError, read_json, write_json, write_text
 from secateur.gates import Gates, load_gates, save_gates
 from secateur.learn import learn
-from secateur.load import Loaded
+from secateur.load import Loaded, read_export
 from secateur.methods import budget_of, find_gates
 from secateur.overlap import overlap
 from secateur.plan import Plan, Rounding, load_plan, save_plan
@@ -32,7 +32,7 @@ from secateur.planning import compare_shapes as compare_shapes
 from secateur.policy import policy_of
 from secateur.recover import LR, Recovery, recover
 from secateur.refit import Refit, kept_groups, normal_equations, refit
-from secateur.run import new_run, open_run, recorded
+from secateur.run import Run, new_run, open_run, recorded
 from secateur.session import Session
 from secateur.slicing import fold, pruned_shapes
 from secateur.text import evaluation_text
@@ -115,7 +115,7 @@ def _export(session: Session, shape: str | None) -> None:
             dtype=loaded.checkpoint_dtype,
             base_model=public_name(c.model),
         )
-    for stale in (run.verify, run.eval, run.refit, run.recovery):
+    for stale in (run.verify, run.eval, run.refit, run.recovery, *run.converted()):
         stale.unlink(missing_ok=True)
 
 
@@ -124,16 +124,19 @@ def _about(loaded: Loaded) -> tuple[frozenset[str], bool]:
     return loaded.description.kinds, loaded.model.config.model_type in FAMILIES
 
 
+def checked_export(run: Run) -> Path:
+    """Folder of the export. Raises InputError when there is none, or it failed verification."""
+    if not run.model.is_dir():
+        reason = f"failed verification (see {run.verify})" if run.failed_model.is_dir() else "is missing"
+        raise InputError(f"{run.model} {reason}; run `secateur export {run.folder}`")
+    return run.model
+
+
 def load_export(session: Session, dtype: torch.dtype) -> PreTrainedModel:
     """The exported model as its user loads it; the code it runs is Secateur's own modelling file."""
-    folder = session.run.model
-    if not folder.is_dir():
-        failed = session.run.failed_model.is_dir()
-        reason = f"failed verification (see {session.run.verify})" if failed else "is missing"
-        raise InputError(f"{folder} {reason}; run `secateur export {session.run.folder}`")
+    folder = checked_export(session.run)
     device = next(session.loaded.model.parameters()).device
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=True, use_safetensors=True)
-    return model.to(device).eval()
+    return read_export(folder, dtype).to(device)
 
 
 def verify_stage(session: Session) -> list[Comparison]:
@@ -294,7 +297,8 @@ def _update(session: Session, tensors: Mapping[str, torch.Tensor], update: str) 
         update,
         {"README.md": model_card(session.config, plan.shape, rounding, None, None, updates, *_about(session.loaded))},
     )
-    run.eval.unlink(missing_ok=True)
+    for stale in (run.eval, *run.converted()):
+        stale.unlink(missing_ok=True)
 
 
 def eval_stage(session: Session) -> dict[str, Any]:

@@ -1,0 +1,206 @@
+"""`secateur bench RUN`: the unpruned model and the export, timed in turns in one runtime: RUN/bench-RUNTIME.json, .png.
+
+`bench` takes any two checkpoints, `bench_run` those of a run. Measuring is in measure.py, prices on paper in ideal.py,
+the processes that hold the models in workers/.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from secateur.bench_report import draw
+from secateur.bench_report import show as show
+from secateur.files import InputError, write_json
+from secateur.ideal import Cost, Ideal, cost_of, eaten, ideals, odd_widths
+from secateur.load import describe_pretrained
+from secateur.measure import Measured, Settings, Timing, measure, processor
+from secateur.run import Run
+from secateur.stages import checked_export
+from secateur.workers.parent import Worker
+
+BENCH_FORMAT = 1
+
+WORKERS = {"transformers": "hf", "vllm": "vllm", "vllm-server": "vllm_server", "llamacpp": "llamacpp"}
+"""Runtime → module in workers/."""
+
+PROFILED = ("transformers",)
+"""Runtimes that can tell what each part of a model takes."""
+
+PHASES = {"prefill": "prefill", "decode": "decode", "first_token": "prefill", "between_tokens": "decode"}
+"""Metric → the phase whose ideal it has; what takes both has a mixture of both."""
+
+CACHE_BLOCK = 128
+"""Tokens of a sequence are rounded up to a multiple of it where a cache is sized."""
+
+
+def bench_run(run: Run, settings: Settings, hear: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+    """Times the export of a run against its unpruned model; returns what bench-RUNTIME.json holds."""
+    settings.check()
+    pruned, dense, trust = checked_export(run), run.config.model, run.config.trust_remote_code
+    with TemporaryDirectory(prefix="bench-", dir=run.folder) as scratch:
+        results = bench(dense, str(pruned), settings, Path(scratch), hear, trust_remote_code=trust)
+    write_json(run.folder / f"bench-{settings.runtime}.json", results)
+    hear(draw(results, run.folder / f"bench-{settings.runtime}.png"))
+    return results
+
+
+def bench(
+    dense: str,
+    pruned: str,
+    settings: Settings,
+    scratch: Path,
+    hear: Callable[[str], None] = lambda _: None,
+    *,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Times two checkpoints, named as `secateur.load.load` has them, against each other; returns the results.
+
+    What a runtime wants in another form is written to the folder `scratch`. `hear` is told what is being done.
+    """
+    settings.check()
+    names, trust = {"dense": dense, "pruned": pruned}, {"dense": trust_remote_code, "pruned": True}
+    described = {name: describe_pretrained(model, trust[name]) for name, model in names.items()}
+    costs = {name: cost_of(description) for name, (description, _) in described.items()}
+    _check_positions(settings, described["pruned"][1])
+    dtype = _dtype(settings, described["pruned"][1])
+    weight_bytes = 34 / 32 if dtype == "q8_0" else getattr(torch, dtype).itemsize
+    kv_bytes = 2 if settings.runtime == "llamacpp" else weight_bytes  # llama.cpp caches in float16
+    options = {
+        "runtime": settings.runtime, "dtype": dtype, "threads": settings.threads, "eager": settings.eager,
+        "batch_sizes": list(settings.batch_sizes), "prompt_tokens": settings.prompt_tokens,
+        "new_tokens": settings.new_tokens, "vocabulary": described["pruned"][1].vocab_size,
+        "kv_cache_bytes": _cache_bytes(settings, costs["dense"], kv_bytes),
+    }  # fmt: skip
+    files = {name: _prepared(name, model, trust[name], settings, dtype, scratch, hear) for name, model in names.items()}
+    with contextlib.ExitStack() as stack:
+        workers: dict[str, Worker] = {}
+        about: dict[str, dict[str, Any]] = {}
+        for name, file in files.items():  # one after the other, so that their peaks of loading do not add up
+            hear(f"loading the {name} model")
+            own = options | {"model": file, "trust_remote_code": trust[name]}
+            module = f"secateur.workers.{WORKERS[settings.runtime]}"
+            workers[name] = stack.enter_context(
+                Worker(module, name, own, timeout=settings.timeout, python=settings.python)
+            )
+            about[name] = workers[name].loaded()
+        profiled = {"layers": described["dense"][0].layers} if settings.runtime in PROFILED else None
+        measured = measure(workers, settings, hear, profiled)
+        for name, worker in workers.items():
+            about[name] |= _memory(worker.ask("memory"), costs[name], weight_bytes, kv_bytes, options["kv_cache_bytes"])
+    for name, cost in costs.items():
+        odd = {str(block): groups for block, groups in odd_widths(cost).items()}
+        about[name] |= {"parameters": cost.parameters, "odd_widths": odd, "widths": len(cost.widths)}
+    return {
+        "format": BENCH_FORMAT,
+        "runtime": settings.runtime,
+        "dtype": dtype,
+        "settings": {k: v for k, v in asdict(settings).items() if k not in ("run", "python")},
+        "machine": _machine(),
+        **about,
+        "timings": list(_rows(measured, costs, settings, weight_bytes, kv_bytes)),
+    }
+
+
+# --- before ----------------------------------------------------------------------------------------------------------
+
+
+def _check_positions(settings: Settings, config: PreTrainedConfig) -> None:
+    positions = getattr(config, "max_position_embeddings", None)
+    wanted = settings.prompt_tokens + settings.new_tokens + 1
+    if positions is not None and wanted > positions:
+        raise InputError(
+            f"--prompt-tokens {settings.prompt_tokens} and --new-tokens {settings.new_tokens} need {wanted} positions; "
+            f"the model has {positions}"
+        )
+
+
+def _dtype(settings: Settings, config: PreTrainedConfig) -> str:
+    if settings.dtype != "auto":
+        return settings.dtype
+    return "float16" if settings.runtime == "llamacpp" else str(config.dtype or torch.float32).removeprefix("torch.")
+
+
+def _cache_bytes(settings: Settings, dense: Cost, kv_bytes: float) -> int:
+    """Room for twice the largest batch of the unpruned model: what both models get, where a runtime has to be told."""
+    blocks = -(-(settings.prompt_tokens + settings.new_tokens + 1) // CACHE_BLOCK) + 1
+    return int(2 * max(settings.batch_sizes) * blocks * CACHE_BLOCK * dense.kv_values * kv_bytes)
+
+
+def _prepared(
+    name: str, model: str, trust: bool, settings: Settings, dtype: str, scratch: Path, hear: Callable[[str], None]
+) -> str:
+    """What the runtime loads: the checkpoint, or what is made of it."""
+    checkpoint = Path(model).expanduser()
+    read_as_it_is = settings.runtime == "transformers" or checkpoint.is_dir()
+    if not read_as_it_is and (settings.runtime == "llamacpp" or checkpoint.suffix == ".gguf"):
+        from secateur.equivalence import write_dense
+        from secateur.load import load
+
+        hear(f"writing the {name} model as a checkpoint")
+        checkpoint = scratch / name
+        stored = "float32" if dtype == "q8_0" else dtype
+        write_dense(load(model, "cpu", stored, trust), checkpoint, getattr(torch, stored))
+    if settings.runtime == "llamacpp":
+        from secateur.gguf_file import write_gguf
+
+        hear(f"writing the {name} model as a GGUF file")
+        file = scratch / f"{name}.gguf"
+        kind = {"float32": "f32", "float16": "f16"}.get(dtype, dtype)
+        write_gguf(checkpoint, file, kind, tokenizer=False)
+        return str(file)
+    return str(checkpoint) if checkpoint.exists() else model
+
+
+# --- after -----------------------------------------------------------------------------------------------------------
+
+
+def _memory(found: Mapping[str, Any], cost: Cost, weight_bytes: float, kv_bytes: float, cache: int) -> dict[str, Any]:
+    """Peak, and the tokens whose keys and values fit: as the engine says of the cache that it was given, or else what
+    the device's memory holds beside the weights."""
+    weights = int(cost.parameters * weight_bytes)
+    a_token = cost.kv_values * kv_bytes
+    values = {"peak_bytes": found["peak_bytes"], "weight_bytes": weights, "kv_bytes_per_token": a_token}
+    if found.get("kv_tokens") is not None:
+        return values | {"kv_tokens": found["kv_tokens"], "kv_space_bytes": cache, "kv_tokens_by": "engine"}
+    space = found["device_bytes"] - weights if "device_bytes" in found else cache
+    tokens = int(space // a_token) if a_token else None
+    return values | {"kv_tokens": tokens, "kv_space_bytes": space, "kv_tokens_by": "bytes a token"}
+
+
+def _rows(
+    measured: Measured, costs: Mapping[str, Cost], settings: Settings, weight_bytes: float, kv_bytes: float
+) -> Any:
+    for timing in measured.timings:
+        size = timing.batch_size
+        found = ideals(
+            costs["dense"], costs["pruned"], size, settings.prompt_tokens, settings.new_tokens, weight_bytes, kv_bytes
+        )
+        phase = PHASES.get(timing.metric)
+        if phase is None:
+            yield timing.to_json() | {"ideal": _mixed(measured, timing, found, settings)}
+            continue
+        ideal = found[phase]
+        parts = measured.parts.get(phase, {}).get(size)
+        about = {"speedup": ideal.speedup, "by": ideal.by, "flops": ideal.flops, "bytes": ideal.bytes}
+        eats = asdict(eaten(timing.speedup.median, ideal, parts))
+        yield timing.to_json() | {"ideal": about, "eaten": eats} | ({"part_seconds": parts} if parts else {})
+
+
+def _mixed(measured: Measured, timing: Timing, found: Mapping[str, Ideal], settings: Settings) -> dict[str, Any]:
+    """The ideal of a whole request: prefill and decoding, each for as long as it takes the unpruned model."""
+    took = {t.metric: t.dense.median for t in measured.timings if t.batch_size == timing.batch_size}
+    first, rest = took["first_token"], took["between_tokens"] * settings.new_tokens
+    speedup = (first + rest) / (first / found["prefill"].speedup + rest / found["decode"].speedup)
+    return {"speedup": speedup, "by": "both"}
+
+
+def _machine() -> dict[str, Any]:
+    """What it was measured on."""
+    return {"cpu": processor(), "cores": os.cpu_count()}
