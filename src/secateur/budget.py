@@ -8,14 +8,14 @@ Shape suffixes: N units of the whole model, C constraints.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import floor, prod
+from math import ceil, floor, prod
 
 import torch
 
 from secateur.config import Tie
 from secateur.describe import Description
 from secateur.files import InputError
-from secateur.policy import RAGGED, Policy, permitted
+from secateur.policy import RAGGED, Policy, nearest, permitted
 from secateur.units import Group, Shapes, Size, sliced_shapes, unit_params, whole
 
 
@@ -96,10 +96,19 @@ def make_budget(
     InputError when no such widths meet the budget.
     """
     params = {g.name: unit_params(g, shapes) for g in groups}
+
+    def wrong(shape: Policy) -> str | None:
+        try:
+            _equal_or_checked(groups, params, sparsity, scope, tie, shape)
+        except InputError as error:
+            return str(error)
+        return None
+
+    if not policy.free and (reason := wrong(policy)):
+        instead = nearest(policy, lambda shape: all(permitted(g, shape) for g in groups) and not wrong(shape), groups)
+        raise InputError(f"{reason}; {instead}" if instead else reason)
+    widths = _equal_or_checked(groups, params, sparsity, scope, tie, policy)
     equal = scope in ("layer", "expert")
-    if tie == "experts":
-        _check_whole_experts(groups, scope, policy)
-    widths = dict(_equal_widths(groups, params, sparsity, tie, policy)) if equal else {}
     allowed: dict[str, int] = {}
     numbers: dict[str, int] = {}
     constraints, start = [], 0
@@ -118,8 +127,6 @@ def make_budget(
             constraints.append(torch.full((g.units // parts,), numbers.setdefault(name, len(numbers))))
     if not equal:
         allowed = {name: floor((1.0 - sparsity) * total + 1e-6) for name, total in allowed.items()}
-    if not equal and not policy.free:
-        _check_reach(groups, params, sparsity, scope, policy, allowed)
     mixed = any(g.experts for g in groups)
     return Budget(
         tuple(allowed),
@@ -231,6 +238,19 @@ def ranked(score_N: torch.Tensor, kept_N: torch.Tensor) -> torch.Tensor:
     return torch.where(kept_N, rank_N, rank_N - 1.0)
 
 
+def _equal_or_checked(
+    groups: Sequence[Group], params: Mapping[str, int], sparsity: float, scope: str, tie: Tie | None, policy: Policy
+) -> dict[str, int]:
+    """Group name → units, where widths are equal by layer. Raises InputError where a policy cannot meet a budget."""
+    if tie == "experts":
+        _check_whole_experts(groups, scope, policy)
+    if scope in ("layer", "expert"):
+        return dict(_equal_widths(groups, params, sparsity, tie, policy))
+    if not policy.free:
+        _check_reach(groups, params, sparsity, scope, policy)
+    return {}
+
+
 def _check_whole_experts(groups: Sequence[Group], scope: str, policy: Policy) -> None:
     """Raises InputError where experts cannot go whole."""
     if any(g.experts and g.width not in permitted(g, policy) for g in groups):
@@ -242,31 +262,29 @@ def _check_whole_experts(groups: Sequence[Group], scope: str, policy: Policy) ->
 
 
 def _check_reach(
-    groups: Sequence[Group],
-    params: Mapping[str, int],
-    sparsity: float,
-    scope: str,
-    policy: Policy,
-    allowed: Mapping[str, int],
+    groups: Sequence[Group], params: Mapping[str, int], sparsity: float, scope: str, policy: Policy
 ) -> None:
     """Raises InputError where the widths of a policy cannot come within a row of a budget: the widest together leave
-    too little, or the narrowest is already too wide."""
-    for name, room in allowed.items():
-        within = [g for g in groups if scope == "model" or g.kind == name]
+    too much of it, or the narrowest is already too wide."""
+    for kind in dict.fromkeys(g.kind for g in groups) if scope == "kind" else [None]:
+        within = [g for g in groups if kind in (None, g.kind)]
         each = {g.name: params[g.name] * (g.experts or 1) for g in within}
         least = min(each[g.name] * permitted(g, policy)[0] for g in within)
         most = sum(each[g.name] * permitted(g, policy)[-1] for g in within)
+        total = sum(each[g.name] * g.width for g in within)
+        room = floor((1.0 - sparsity) * total + 1e-6)
         if room < least:
-            raise InputError(
-                f"--sparsity {sparsity:g} leaves no room for any width that --shape {policy} permits; lower it"
-            )
+            raise InputError(f"--sparsity {sparsity:g} leaves no room for any width that --shape {policy} permits")
         if room - most >= least:
-            total = sum(each[g.name] * g.width for g in within)
-            needed = -(-1000 * (total - most) // total) / 1000
-            raise InputError(
-                f"--shape {policy} permits no more than {most / total:.1%} of {name}, and --sparsity {sparsity:g} asks "
-                f"to keep more; use --sparsity {needed:g} or above"
-            )
+            raise _unspent(policy, most / total, kind or "the units", sparsity)
+
+
+def _unspent(policy: Policy, most: float, what: str, sparsity: float) -> InputError:
+    """The error for a budget that a policy cannot spend."""
+    return InputError(
+        f"--shape {policy} permits no more than {most:.1%} of the parameters in {what}, and --sparsity {sparsity:g} "
+        f"asks to keep more: use --sparsity {ceil(1000 * (1.0 - most) - 1e-9) / 1000:g} or above"
+    )
 
 
 def _equal_widths(
@@ -296,9 +314,13 @@ def _equal_widths(
     kept[last] = min(filler.width, floor(allowed / a_unit + 1e-9))
     if tie != "experts" or not filler.experts:
         kept[last] = max((w for w in permitted(filler, policy) if w <= kept[last]), default=0)
+    unspent = allowed - kept[last] * a_unit
     kept |= {kind: round(kept[last] * multiple) for kind, multiple in tied.items()}
     if min(kept.values()) < 1:
         raise InputError(f"no equal widths remove {sparsity:.0%} of the units; use --shape ragged or lower --sparsity")
+    if not policy.free and unspent >= permitted(filler, policy)[0] * a_unit:
+        total = sum(g.units * params[g.name] for g in groups)
+        raise _unspent(policy, (1.0 - sparsity) - unspent / total, "the units", sparsity)
     yield from ((g.name, kept[g.kind]) for g in groups)
 
 

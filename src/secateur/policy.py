@@ -6,8 +6,8 @@ budget then moves units between layers within these lists (budget.py) and is spe
 """
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from math import lcm
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -22,7 +22,7 @@ multiple of 16 bytes, which are 8 values of bfloat16."""
 
 Form = Literal["ragged", "uniform", "padded"]
 
-WORDS = "ragged, uniform, padded, aligned:N and tp:K"
+WORDS = "ragged, uniform, padded, aligned:N (e.g. aligned:64) and tp:K (e.g. tp:2)"
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,10 @@ def policy_of(shape: str) -> Policy:
         elif name not in ("aligned", "tp"):
             raise InputError(f"--shape {shape}: {word.strip()!r} is no shape; there are {WORDS}")
         elif not re.fullmatch("[0-9]{1,9}", number) or int(number) < 1:
-            what = "channels" if name == "aligned" else "ranks"
-            raise InputError(f"--shape {shape}: {name} takes a number of {what}, at least 1, e.g. {name}:2")
+            what = ("channels", "32, 64 and 128") if name == "aligned" else ("ranks", "2 and 4")
+            raise InputError(
+                f"--shape {shape}: {name} takes a whole number of {what[0]}; the least is {name}:1, usual are {what[1]}"
+            )
         elif name in numbers:
             raise InputError(f"--shape {shape} says {name} twice")
         else:
@@ -92,9 +94,9 @@ def alignment(width: int) -> int:
 def permitted(group: "Group", policy: Policy) -> tuple[int, ...]:
     """The widths that a policy lets a group, or each of its experts, have, rising; beyond them 0, a closed sublayer.
 
-    Channels: multiples of K × N, of experts also of K × their alignment; and the dense width, if it divides by K.
-    Heads: what divides by K, and their keys too, unless K divides by the number of KV heads, which engines such as vLLM
-    then replicate.
+    Channels: multiples of K × N, so that each rank has multiples of N, of experts also of K × their alignment; without
+    N, the dense width, too, if it divides by K. Heads: what divides by K, and their keys too, unless K divides by the
+    number of KV heads, which engines such as vLLM then replicate.
     """
     ranks, width = policy.ranks, group.width
     if group.attends:
@@ -105,32 +107,55 @@ def permitted(group: "Group", policy: Policy) -> tuple[int, ...]:
             if w * a_unit % ranks == 0 and (not keys or w % ranks == 0 or ranks % w == 0)
         )  # fmt: skip
     step = ranks * lcm(policy.align, alignment(width) if group.experts else 1)
-    whole = (width,) if width % step and width % ranks == 0 else ()
+    whole = (width,) if policy.align == 1 and width % step and width % ranks == 0 else ()
     return (*range(step, width + 1, step), *whole)
 
 
 def check_permitted(policy: Policy, groups: Iterable["Group"], others: Iterable["Group"] = ()) -> None:
-    """Raises InputError where a policy leaves a group no width, or one of the `others`, which stay whole, not that."""
-    groups, others = list(groups), list(others)
-    step = policy.ranks * policy.align
-    widest = max((g.width for g in groups if not g.attends), default=step)
-    if policy.align > 1 and step > widest:
+    """Raises InputError where a policy leaves a group no width, or one of the `others`, which stay whole, does not
+    divide over its ranks."""
+    others = list(others)
+    present = [*groups, *others]
+
+    def fits(g: "Group", shape: Policy) -> bool:
+        return g.width in permitted(g, replace(shape, align=1)) if g in others else bool(permitted(g, shape))
+
+    wrong = next((g for g in present if not fits(g, policy)), None)
+    if wrong is None:
+        return
+    instead = nearest(policy, lambda shape: all(fits(g, shape) for g in present), present)
+    if wrong in others:
+        kind = "heads" if wrong.attends else wrong.kind
+        reason = f"{wrong.name} stays whole, and {_said(wrong)} do not divide over {policy.ranks} ranks; add {kind} to "
+        raise InputError(f"--shape {policy}: {reason}--units, or {instead}")
+    if fits(wrong, replace(policy, align=1)):
         over = f" on each of {policy.ranks} ranks" if policy.ranks > 1 else ""
-        raise InputError(
-            f"--shape {policy}: no layer has {policy.align} channels{over}, the widest has {widest}; use a smaller N"
-        )
-    for g in groups:
-        if not permitted(g, policy):
-            raise InputError(
-                f"--shape {policy}: neither {_said(g)} of {g.name} nor fewer divide over {policy.ranks} ranks"
-            )
-    for g in others:
-        if g.width not in permitted(g, policy):
-            kind = "heads" if g.attends else g.kind
-            raise InputError(
-                f"--shape {policy}: {g.name} stays whole, and {_said(g)} do not divide over {policy.ranks} ranks; "
-                f"add {kind} to --units"
-            )
+        reason = f"{wrong.name} has {wrong.width} channels, and no fewer than {policy.align}{over} would do"
+    else:
+        reason = f"neither {_said(wrong)} of {wrong.name} nor fewer divide over {policy.ranks} ranks"
+    raise InputError(f"--shape {policy}: {reason}; {instead}")
+
+
+def nearest(policy: Policy, works: Callable[[Policy], bool], groups: Iterable["Group"]) -> str | None:
+    """What to say instead of a policy that does not work for `groups`: the shape with the nearest N that works, else
+    with the nearest K, the smaller one of two; without either where no other does. None: that does not work, too."""
+    most = max(g.width * dict(g.sizes).get("num_attention_heads", 1) for g in groups)
+
+    def others() -> Iterator[Policy]:
+        for n in _around(policy.align, most):
+            yield replace(policy, align=n)
+        for k in _around(policy.ranks, most):
+            yield replace(policy, ranks=k)
+        yield replace(policy, align=1, ranks=1)
+
+    found = next(filter(works, others()), None)
+    return found and f"the nearest that works is --shape {found}"
+
+
+def _around(number: int, most: int) -> list[int]:
+    """Other numbers from 2 on, by their distance."""
+    found = range(2, min(2 * number, most + 1)) if number > 1 else ()
+    return sorted((n for n in found if n != number), key=lambda n: abs(n - number))
 
 
 def _said(group: "Group") -> str:
