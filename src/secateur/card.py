@@ -176,14 +176,15 @@ def model_card(
     updates: Sequence[str] = (),
     kinds: Collection[str] = ("heads", "channels"),
     own_code: bool = False,
+    stock: bool = False,
 ) -> str:
     """README.md of the exported checkpoint: what was done, with which data, and the figures as far as known.
 
     `updates` is what was done to its weights after pruning (updates.py), `kinds` what its units are.
-    `own_code`: transformers lacks the model, whose file is in the checkpoint.
+    `own_code`: transformers lacks the model, whose file is in the checkpoint. `stock`: its widths turned out equal.
     """
     policy = policy_of(shape)
-    ragged = not policy.uniform
+    ragged = not (policy.uniform or stock)
     recipe = config.learning
     assert recipe is not None
     header = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["pruned", "secateur"]}

@@ -74,12 +74,9 @@ class Plan:
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
     shape: AnyShape = None
-    """Widths that differ by layer, the same in all layers, or by expert, too; in multiples of N channels (for kernels
-    and the groups of quantisation), or divisible over K ranks of tensor parallelism; `tp:2,aligned:64` is both
-    (default: the run's). The plan then says what it costs beside ragged widths."""
+    """Widths of the export, as for `prune` (default: the run's); says what they cost beside ragged ones."""
     compare: bool = False
-    """Say what each of the usual shapes, and `--shape`, would cost in loss and save in bytes and FLOPs, and write
-    nothing."""
+    """Say what each usual shape, and `--shape`, would cost in loss and save in bytes and FLOPs, and write nothing."""
 
 
 @dataclass
@@ -89,9 +86,7 @@ class Export:
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
     shape: AnyShape = None
-    """Widths that differ by layer, the same in all layers, or by expert, too; in multiples of N channels (for kernels
-    and the groups of quantisation), or divisible over K ranks of tensor parallelism; `tp:2,aligned:64` is both
-    (default: the plan's)."""
+    """Widths of the export, as for `prune` (default: the plan's)."""
     low_memory: bool = False
     """Leave the dense weights on disk and cut one after the other: for models larger than memory. Takes a second copy
     of them in the run folder meanwhile. Memory: a few times the largest weight, and a shard (`--max-shard-size`)."""
@@ -208,13 +203,9 @@ def learn(options: Learn) -> None:
 def plan(options: Plan) -> None:
     """`secateur plan`."""
     if options.compare:
-        from secateur.planning import shapes_table
+        from secateur.planning import show
 
-        costs, refused = _staged(_open(options.run), "compare_shapes", shape=options.shape)
-        console.print(shapes_table(costs))
-        for line in refused:
-            console.print(f"not possible: {line}", markup=False)
-        return
+        return show(console, *_staged(_open(options.run), "compare_shapes", shape=options.shape))
     rounding, beside = _staged(_open(options.run), "plan_beside_ragged", shape=options.shape)
     console.print(
         f"{rounding.kept:.2%} of the unit parameters kept ({rounding.allowed:.2%} allowed, {rounding.open_gates:.2%} "
@@ -222,6 +213,7 @@ def plan(options: Plan) -> None:
     )
     if beside is not None:
         console.print(beside, markup=False)
+    return None
 
 
 def export(options: Export) -> None:

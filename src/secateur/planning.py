@@ -4,11 +4,12 @@ Serves `secateur plan RUN` and its `--compare`.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import exp, prod
 
 import torch
+from rich.console import Console
 from rich.table import Table
 
 from secateur.budget import Figures, figures
@@ -126,25 +127,39 @@ def against_ragged(session: Session, plan: Plan, rounding: Rounding) -> str | No
     return f"{plan.shape} beside ragged: held-out loss {rise:+.4f} (perplexity × {exp(rise):.4f}); {told}"
 
 
-def shapes_table(costs: list[ShapeCost]) -> Table:
-    """A row a shape; what it saves is a share of the dense model's."""
-    table = Table(title="what each shape would cost and save", title_justify="left")
-    for column in ("shape", "held-out loss", "parameters", "active", "FLOPs a token", "weights", "experts gone"):
-        table.add_column(column, justify="left" if column == "shape" else "right", no_wrap=column == "shape")
+def show(console: Console, costs: Sequence[ShapeCost], refused: Sequence[str]) -> None:
+    """What `--compare` prints."""
+    console.print(shapes_table(costs))
+    for line in refused:
+        console.print(f"not possible: {line}", markup=False)
+
+
+def shapes_table(costs: Sequence[ShapeCost]) -> Table:
+    """A row a shape; what it saves is a share of the dense model's. What only mixtures have is left out elsewhere."""
     dense = costs[0]
+    mixed = any(c.closed_experts or c.sizes.active_parameters != c.sizes.parameters for c in costs)
 
     def cell(found: float, whole: float, unit: str = "") -> str:
         return human(found, unit) + ("" if found == whole else f" (−{1 - found / whole:.1%})")
 
+    def row(c: ShapeCost) -> dict[str, str]:
+        rise = c.held_out - dense.held_out
+        return {
+            "shape": c.shape,
+            "held-out loss": f"{c.held_out:.3f}" + ("" if c is dense else f" ({rise:+.3f})"),
+            "perplexity": f"{exp(c.held_out):.4g}" + ("" if c is dense else f" (× {exp(rise):.3f})"),
+            "units kept": f"{c.kept:.2%}",
+            "parameters": cell(c.sizes.parameters, dense.sizes.parameters),
+            **({"active": cell(c.sizes.active_parameters, dense.sizes.active_parameters)} if mixed else {}),
+            "FLOPs a token": cell(c.sizes.flops_per_token, dense.sizes.flops_per_token),
+            "weights": human(c.disk_bytes, "B"),
+            **({"experts gone": str(c.closed_experts)} if mixed else {}),
+        }
+
+    table = Table(title="what each shape would cost and save", title_justify="left")
+    for column in row(dense):
+        left = column == "shape"
+        table.add_column(column, justify="left" if left else "right", no_wrap=left)
     for c in costs:
-        rise = "" if c is dense else f" (+{c.held_out - dense.held_out:.3f})"
-        table.add_row(
-            c.shape,
-            f"{c.held_out:.3f}{rise}",
-            cell(c.sizes.parameters, dense.sizes.parameters),
-            cell(c.sizes.active_parameters, dense.sizes.active_parameters),
-            cell(c.sizes.flops_per_token, dense.sizes.flops_per_token),
-            cell(c.disk_bytes, dense.disk_bytes, "B"),
-            str(c.closed_experts),
-        )
+        table.add_row(*row(c).values())
     return table

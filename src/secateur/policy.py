@@ -130,32 +130,33 @@ def check_permitted(policy: Policy, groups: Iterable["Group"], others: Iterable[
         raise InputError(f"--shape {policy}: {reason}--units, or {instead}")
     if fits(wrong, replace(policy, align=1)):
         over = f" on each of {policy.ranks} ranks" if policy.ranks > 1 else ""
-        reason = f"{wrong.name} has {wrong.width} channels, and no fewer than {policy.align}{over} would do"
+        reason = f"{wrong.name} has {wrong.width} channels, fewer than {policy.align}{over}"
     else:
         reason = f"neither {_said(wrong)} of {wrong.name} nor fewer divide over {policy.ranks} ranks"
     raise InputError(f"--shape {policy}: {reason}; {instead}")
 
 
 def nearest(policy: Policy, works: Callable[[Policy], bool], groups: Iterable["Group"]) -> str | None:
-    """What to say instead of a policy that does not work for `groups`: the shape with the nearest N that works, else
-    with the nearest K, the smaller one of two; without either where no other does. None: that does not work, too."""
+    """What to say instead of a policy that does not work for `groups`: the shape with the nearest N that works (first
+    of multiples of `ALIGNED`), else with the nearest K, the smaller one of two; without either where no other does.
+    None: that does not work, too."""
     most = max(g.width * dict(g.sizes).get("num_attention_heads", 1) for g in groups)
 
     def others() -> Iterator[Policy]:
-        for n in _around(policy.align, most):
+        for n in _around(policy.align, most, ALIGNED):
             yield replace(policy, align=n)
         for k in _around(policy.ranks, most):
             yield replace(policy, ranks=k)
         yield replace(policy, align=1, ranks=1)
 
     found = next(filter(works, others()), None)
-    return found and f"the nearest that works is --shape {found}"
+    return None if found is None else f"the nearest that works is --shape {found}"
 
 
-def _around(number: int, most: int) -> list[int]:
-    """Other numbers from 2 on, by their distance."""
+def _around(number: int, most: int, step: int = 1) -> list[int]:
+    """Other numbers from 2 on, by their distance; first the multiples of `step`."""
     found = range(2, min(2 * number, most + 1)) if number > 1 else ()
-    return sorted((n for n in found if n != number), key=lambda n: abs(n - number))
+    return sorted((n for n in found if n != number), key=lambda n: (n % step > 0, abs(n - number)))
 
 
 def _said(group: "Group") -> str:

@@ -110,13 +110,18 @@ def _export(session: Session, shape: str | None) -> None:
             loaded.description,
             plan,
             run.model,
-            card=model_card(c, plan.shape, rounding, None, None, (), *_about(loaded)),
+            card=lambda stock: model_card(c, plan.shape, rounding, None, None, (), *_about(loaded), stock),
             max_shard_size=c.max_shard_size,
             dtype=loaded.checkpoint_dtype,
             base_model=public_name(c.model),
         )
     for stale in (run.verify, run.eval, run.refit, run.recovery, *run.converted()):
         stale.unlink(missing_ok=True)
+
+
+def _is_stock(run: Run) -> bool:
+    """Whether the export says one width for all layers."""
+    return "per_layer_config" not in read_json(run.model / "config.json", f"secateur export {run.folder}")
 
 
 def _about(loaded: Loaded) -> tuple[frozenset[str], bool]:
@@ -291,12 +296,9 @@ def _update(session: Session, tensors: Mapping[str, torch.Tensor], update: str) 
     """Puts other weights into the export, and says so in its card; figures of the earlier weights go."""
     run, (plan, rounding) = session.run, _planned(session)
     updates = [*updates_of(run.model), update]
-    rewrite_weights(
-        run.model,
-        tensors,
-        update,
-        {"README.md": model_card(session.config, plan.shape, rounding, None, None, updates, *_about(session.loaded))},
-    )
+    about = *_about(session.loaded), _is_stock(run)
+    card = model_card(session.config, plan.shape, rounding, None, None, updates, *about)
+    rewrite_weights(run.model, tensors, update, {"README.md": card})
     for stale in (run.eval, *run.converted()):
         stale.unlink(missing_ok=True)
 
@@ -336,7 +338,8 @@ def eval_stage(session: Session) -> dict[str, Any]:
     results["seconds"] = read_json(run.timings, "secateur prune")
     write_json(run.eval, results)
     verified = read_json(run.verify, f"secateur verify {run.folder}") if run.verify.exists() else None
-    card = model_card(c, plan.shape, rounding, results, verified, results["updates"], *_about(loaded))
+    about = *_about(loaded), _is_stock(run)
+    card = model_card(c, plan.shape, rounding, results, verified, results["updates"], *about)
     write_text(run.model / "README.md", card)
     return results
 
