@@ -8,9 +8,11 @@ from math import lcm
 
 import pytest
 import torch
+from torch.nn.functional import kl_div
 
 from runs import gates_of as gates_file
 from runs import prune_arguments, secateur, small_llama, small_tokenizer
+from secateur.attach import attached
 from secateur.budget import Budget, Rows, largest_that_fits, make_budget
 from secateur.config import auto_recipe
 from secateur.describe import describe
@@ -34,7 +36,7 @@ from tiny import LATENT, MIXTURE, dense_logits, gated_logits, load, tiny, tokens
 MODELS = {
     "gqa": lambda: tiny("llama", intermediate_size=80, num_attention_heads=12, num_key_value_heads=6),
     "mha": lambda: tiny("qwen2", intermediate_size=72, num_attention_heads=12, num_key_value_heads=12),
-    "mqa": lambda: tiny("llama", num_attention_heads=12, num_key_value_heads=1),
+    "mqa": lambda: tiny("llama", intermediate_size=96, num_attention_heads=12, num_key_value_heads=1),
     "qwen3_moe": lambda: tiny("qwen3_moe", **MIXTURE | {"moe_intermediate_size": 64}),
     "qwen2_moe": lambda: tiny("qwen2_moe", **MIXTURE | {"shared_expert_intermediate_size": 48}),
     "deepseek_v2": lambda: tiny("deepseek_v2", **LATENT | ONE_GROUP | {"moe_intermediate_size": 48}),
@@ -155,6 +157,49 @@ def test_units_move_to_the_layers_that_are_worth_more(gqa):
     parts["layers.2.channels"] -= 3.0
     found = widths(description, largest_that_fits(torch.cat(list(parts.values())), budget(description, "aligned:16")))
     assert found["layers.0.channels"] == [80] and found["layers.2.channels"] < [32]
+
+
+@pytest.fixture(scope="module", params=["gqa", "mha", "mqa"])
+def worth(request):
+    """A model whose layers differ in weight, what its units are worth a parameter (what the logits lose without each
+    alone), shape (N,), and what they lose without all that a mask leaves out."""
+    model = MODELS[request.param]()
+    for layer, factor in zip(model.model.layers, (1.5, 0.7, 1.0), strict=True):
+        layer.mlp.down_proj.weight.data.mul_(factor)
+        layer.self_attn.o_proj.weight.data.mul_(1 / factor)
+    description = describe(model)
+    dense = dense_logits(model, tokens(4, 16)).log_softmax(-1)
+
+    def loss(mask_N):
+        with attached(model, description.groups, by_group(mask_N.float(), description.groups)):
+            gated = dense_logits(model, tokens(4, 16)).log_softmax(-1)
+        return kl_div(gated, dense, log_target=True, reduction="sum").item() / 64
+
+    params_N = budget(description, "ragged").params_N
+    each_N = torch.tensor([loss(torch.arange(len(params_N)) != unit) for unit in range(len(params_N))])
+    return description, each_N / params_N, loss
+
+
+@pytest.mark.parametrize(("shape", "sparsity"), [("aligned:24", 0.4), ("aligned:24", 0.5), ("tp:3,aligned:8", 0.4)])
+def test_a_budget_costs_less_where_units_move_than_where_widths_are_rounded(worth, shape, sparsity):
+    description, rank_N, loss = worth
+    limits = budget(description, shape, sparsity)
+    moved_N, ragged_N = (largest_that_fits(rank_N, b) for b in (limits, budget(description, "ragged", sparsity)))
+    down_N = rounded_down(description, rank_N, ragged_N, shape)
+    even_N = largest_that_fits(rank_N, budget(description, f"uniform,{shape}", sparsity, "expert"))
+    assert limits.share_of(down_N) < limits.share_of(moved_N) <= 1 - sparsity + 1e-6
+    assert loss(moved_N) < loss(down_N) and loss(moved_N) < loss(even_N)
+
+
+def rounded_down(description, rank_N, kept_N, shape):
+    """Of a kept set the best units of each group, as many as the next lower width that the shape permits."""
+    masks, rank_of = by_group(kept_N, description.groups), by_group(rank_N, description.groups)
+    parts = []
+    for g in description.groups:
+        width = max((w for w in permitted(g, policy_of(shape)) if w <= int(masks[g.name].sum())), default=0)
+        parts.append(torch.zeros(g.units, dtype=torch.bool))
+        parts[-1][rank_of[g.name].argsort(descending=True)[:width]] = True
+    return torch.cat(parts)
 
 
 def test_rows_are_kept_by_their_mean_and_against_a_count_by_hand():
