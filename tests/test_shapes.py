@@ -4,10 +4,12 @@ is spent from below all the same, and what is exported computes what the gated m
 
 import json
 from dataclasses import replace
-from math import lcm
+from io import StringIO
+from math import exp, lcm
 
 import pytest
 import torch
+from rich.console import Console
 from torch.nn.functional import kl_div
 
 from runs import gates_of as gates_file
@@ -22,8 +24,8 @@ from secateur.gates import Gates, by_group
 from secateur.importance import ONE_SHOT
 from secateur.learn import learn
 from secateur.optimise import Optimiser
-from secateur.plan import load_plan, make_plan, save_plan
-from secateur.planning import compare_shapes
+from secateur.plan import Plan, load_plan, make_plan, save_plan
+from secateur.planning import compare_shapes, shapes_table
 from secateur.policy import Policy, permitted, policy_of
 from secateur.relaxation import RELAXATIONS
 from secateur.slicing import pruned_shapes
@@ -294,6 +296,67 @@ def test_a_mixture_whose_experts_are_all_gone_is_stored_in_a_permitted_width(sha
     assert (gated - dense_logits(exported, tokens())).abs().max() < 1e-5
 
 
+def equal_plan(description, shape, close=(), gone=()):
+    """The first half of the units of every group, or of each of its experts, those of `gone` not."""
+    kept = {}
+    for g in description.groups:
+        width = permitted(g, policy_of(shape))[(len(permitted(g, policy_of(shape))) - 1) // 2]
+        experts = [e for e in range(g.experts or 1) if e not in gone]
+        kept[g.name] = torch.cat([torch.arange(e * g.width, e * g.width + width) for e in experts])
+    kept |= {name: torch.arange(0) for name in close}
+    return Plan(kept, {name: torch.full((len(index),), 1.3) for name, index in kept.items()}, shape)
+
+
+@pytest.mark.parametrize("shape", ["ragged", "aligned:16", "tp:3", "uniform"])
+@pytest.mark.parametrize("name", [n for n in MODELS if n != "deepseek_v2"])
+def test_widths_that_turn_out_equal_are_written_as_a_stock_checkpoint(name, shape, tmp_path):
+    model = MODELS[name]()
+    description = describe(model)
+    plan = equal_plan(description, shape)
+    told = []
+    export(model, None, description, plan, tmp_path / "model", card=lambda stock: told.append(stock) or "")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert told == [True] and not {"auto_map", "per_layer_config"} & config.keys()
+    assert not list((tmp_path / "model").glob("*.py"))
+    exported = load(tmp_path / "model", dtype=torch.float32, trust_remote_code=False)
+    gated = gated_logits(model, description, plan, tokens())
+    assert (gated - dense_logits(exported, tokens())).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("gqa", {"close": ("layers.1.channels",)}),
+        ("mha", {"close": ("layers.0.heads",)}),
+        ("qwen3_moe", {"gone": (1,)}),
+    ],
+)
+def test_equal_widths_around_something_that_is_gone_are_no_stock_checkpoint(name, changes, tmp_path):
+    model = MODELS[name]()
+    description = describe(model)
+    plan = equal_plan(description, "ragged", **changes)
+    told = []
+    export(model, None, description, plan, tmp_path / "model", card=lambda stock: told.append(stock) or "")
+    assert told == [False] and (tmp_path / "model" / "modeling_pruned.py").is_file()
+    exported = load(tmp_path / "model", dtype=torch.float32)
+    gated = gated_logits(model, description, plan, tokens())
+    assert (gated - dense_logits(exported, tokens())).abs().max() < 1e-5
+    with pytest.raises(InputError, match=r"--shape ragged|cannot hold this plan"):
+        export(model, None, description, replace(plan, shape="uniform"), tmp_path / "uniform")
+
+
+def test_widths_that_a_stock_class_refuses_are_written_ragged(tmp_path):
+    """Heads that do not divide Gemma's hidden size: no word of it where nobody asked for a stock checkpoint."""
+    model = tiny("gemma2", hidden_size=64, num_attention_heads=16, num_key_value_heads=8)
+    description = describe(model)
+    kept = {g.name: torch.arange(3 if g.attends else 20) for g in description.groups}
+    plan = Plan(kept, {name: torch.ones(len(index)) for name, index in kept.items()})
+    export(model, None, description, plan, tmp_path / "model")
+    assert "per_layer_config" in json.loads((tmp_path / "model" / "config.json").read_text())
+    gated = gated_logits(model, description, plan, tokens())
+    assert (gated - dense_logits(load(tmp_path / "model", dtype=torch.float32), tokens())).abs().max() < 1e-5
+
+
 def test_experts_are_filled_up_to_what_a_shape_permits():
     group = next(g for g in describe(MODELS["qwen3_moe"]()).groups if g.experts)
     kept = torch.arange(3)
@@ -442,6 +505,30 @@ def test_compare_lists_the_usual_shapes_and_the_one_asked_for(capsys, run):
         assert shape in said
     assert "not possible: aligned:128: --shape aligned:128: layers.0.channels has 64 channels, fewer than 128" in said
     assert {path: path.read_bytes() for path in before} == before
+    assert "experts gone" not in said and "active" not in said, "what only mixtures have"
+    costs, _ = compare_shapes(open_session(run), "aligned:16")
+    assert [c.shape for c in costs] == ["dense", "ragged", "uniform", "aligned:32", "aligned:64", "tp:2", "aligned:16"]
+    wide = Console(width=200, file=StringIO())
+    wide.print(shapes_table(costs))
+    said = wide.file.getvalue()
+    for c in costs[1:]:
+        rise = c.held_out - costs[0].held_out
+        assert f"{c.held_out:.3f} ({rise:+.3f})" in said and f"{exp(c.held_out):.4g} (× {exp(rise):.3f})" in said
+        assert f"{c.kept:.2%}" in said and c.kept <= 0.7 + 1e-6
+        assert f"(−{1 - c.sizes.flops_per_token / costs[0].sizes.flops_per_token:.1%})" in said
+
+
+def test_the_card_of_an_aligned_run_whose_widths_turn_out_equal_asks_for_no_code(run):
+    assert secateur("plan", run, "--shape", "uniform,aligned:16") == 0
+    path = run / "plan.json"
+    path.write_text(path.read_text().replace('"uniform,aligned:16"', '"aligned:16"'))
+    assert secateur("export", run) == 0
+    for command in ("verify", "eval"):
+        card = (run / "model" / "README.md").read_text()
+        assert "no code is needed" in card and "trust_remote_code" not in card
+        assert secateur(command, run) == 0
+    assert "no code is needed" in (run / "model" / "README.md").read_text()
+    load(run / "model", trust_remote_code=False)
 
 
 def test_a_mixture_goes_the_whole_way_in_multiples(tmp_path, text):
