@@ -94,6 +94,12 @@ def test_shapes_that_a_model_cannot_have_are_refused_and_the_nearest_is_named(gq
     assert refused(gqa, "aligned:999999999").endswith("--shape aligned:80")
 
 
+def test_experts_want_multiples_of_8_whatever_else(gqa):
+    description = describe(tiny("qwen3_moe", **MIXTURE)).only(["expert_channels"])
+    said = refused(description, "aligned:20")
+    assert said.endswith("has 32 channels, fewer than 40; the nearest that works is --shape aligned:16")
+
+
 def test_heads_without_groups_divide_or_are_refused():
     four = describe(tiny("llama", num_attention_heads=4, num_key_value_heads=4))
     assert permitted(four.groups[0], policy_of("tp:3")) == (3,), "one head fewer divides"

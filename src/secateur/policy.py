@@ -91,6 +91,11 @@ def alignment(width: int) -> int:
     return 1 if width % ALIGNED else ALIGNED
 
 
+def _step(group: "Group", policy: Policy) -> int:
+    """What widths of channels are multiples of."""
+    return policy.ranks * lcm(policy.align, alignment(group.width) if group.experts else 1)
+
+
 def permitted(group: "Group", policy: Policy) -> tuple[int, ...]:
     """The widths that a policy lets a group, or each of its experts, have, rising; beyond them 0, a closed sublayer.
 
@@ -106,7 +111,7 @@ def permitted(group: "Group", policy: Policy) -> tuple[int, ...]:
             w for w in range(1, width + 1)
             if w * a_unit % ranks == 0 and (not keys or w % ranks == 0 or ranks % w == 0)
         )  # fmt: skip
-    step = ranks * lcm(policy.align, alignment(width) if group.experts else 1)
+    step = _step(group, policy)
     whole = (width,) if policy.align == 1 and width % step and width % ranks == 0 else ()
     return (*range(step, width + 1, step), *whole)
 
@@ -114,23 +119,23 @@ def permitted(group: "Group", policy: Policy) -> tuple[int, ...]:
 def check_permitted(policy: Policy, groups: Iterable["Group"], others: Iterable["Group"] = ()) -> None:
     """Raises InputError where a policy leaves a group no width, or one of the `others`, which stay whole, does not
     divide over its ranks."""
-    others = list(others)
-    present = [*groups, *others]
+    groups, others = list(groups), list(others)
+    present, whole = [*groups, *others], {g.name for g in others}
 
     def fits(g: "Group", shape: Policy) -> bool:
-        return g.width in permitted(g, replace(shape, align=1)) if g in others else bool(permitted(g, shape))
+        return g.width in permitted(g, replace(shape, align=1)) if g.name in whole else bool(permitted(g, shape))
 
     wrong = next((g for g in present if not fits(g, policy)), None)
     if wrong is None:
         return
     instead = nearest(policy, lambda shape: all(fits(g, shape) for g in present), present)
-    if wrong in others:
+    if wrong.name in whole:
         kind = "heads" if wrong.attends else wrong.kind
         reason = f"{wrong.name} stays whole, and {_said(wrong)} do not divide over {policy.ranks} ranks; add {kind} to "
         raise InputError(f"--shape {policy}: {reason}--units, or {instead}")
     if fits(wrong, replace(policy, align=1)):
         over = f" on each of {policy.ranks} ranks" if policy.ranks > 1 else ""
-        reason = f"{wrong.name} has {wrong.width} channels, fewer than {policy.align}{over}"
+        reason = f"{wrong.name} has {wrong.width} channels, fewer than {_step(wrong, policy) // policy.ranks}{over}"
     else:
         reason = f"neither {_said(wrong)} of {wrong.name} nor fewer divide over {policy.ranks} ranks"
     raise InputError(f"--shape {policy}: {reason}; {instead}")
