@@ -29,6 +29,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.integrations.heterogeneity import AmbiguousGlobalPerLayerAttributeError
 
 from secateur import families, modeling_pruned
 from secateur.describe import Description, head_dim
@@ -78,7 +79,7 @@ def export(
                 # LlamaConfig reads the head count as soon as it is made, which fails where layers differ: without
                 # trust_remote_code not even the tokenizer would load.
                 ragged, classes = _as_mistral(ragged), (MistralForCausalLM, MistralModel)
-            ragged |= _auto_classes(classes[0])
+            ragged |= _auto_classes(classes[0]) | _admission(ragged, classes[0].config_class)
             write_json(temporary / "config.json", ragged)
             write_text(temporary / MODELING_FILE, _modeling_text(*classes))
             _check_shapes(_pruned_skeleton(temporary), description, plan)
@@ -224,6 +225,16 @@ def _biases(values: dict[str, Any]) -> list[str]:
 
 def _heads_vary(ragged: dict[str, Any]) -> bool:
     return any("num_attention_heads" in widths for widths in ragged["per_layer_config"].values())
+
+
+def _admission(ragged: dict[str, Any], config_class: type[PreTrainedConfig]) -> dict[str, Any]:
+    """What lets a stock configuration that looks at the one head count of a model be made where layers differ: without
+    it, what reads the configuration alone (tokenizers, servers with a plugin) would fail."""
+    try:
+        config_class.from_dict(copy.deepcopy(ragged))
+    except AmbiguousGlobalPerLayerAttributeError:
+        return {"allow_global_per_layer_attribute_access": True}
+    return {}
 
 
 def _as_mistral(values: dict[str, Any]) -> dict[str, Any]:

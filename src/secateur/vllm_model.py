@@ -90,6 +90,7 @@ def layers_narrowed(vllm_config: VllmConfig) -> Iterator[None]:
             index = utils.extract_layer_index(prefix)
             with said_of_layer(plain, config, index):
                 layer = layer_fn(prefix=prefix)
+            forget_sizes(layer)
             finish(layer, prefix, own(config, index), vllm_config)
             return layer
 
@@ -137,13 +138,41 @@ def said_of_layer(plain: Any, config: Any, index: int) -> Iterator[None]:
         {key: getattr(plain, key) for key in config.per_layer_attributes or ()},
         config.per_layer_config[index],
     )
+    hidden = plain.hidden_size
     try:
         for key, dense in before.items():
             setattr(plain, key, getattr(layer, key) or dense)
+        if hasattr(plain, "head_dim"):
+            plain.hidden_size = HiddenSize(hidden, plain.num_attention_heads, plain.head_dim)
         yield
     finally:
         for key, value in before.items():
             setattr(plain, key, value)
+        plain.hidden_size = hidden
+
+
+class HiddenSize(int):
+    """A hidden size that, divided by the number of heads, gives the size of a head: so some models of vLLM's find it,
+    which is right in unpruned models only."""
+
+    def __new__(cls, size: int, heads: int, head_dim: int) -> "HiddenSize":
+        self = super().__new__(cls, size)
+        self.heads, self.head_dim = heads, head_dim
+        return self
+
+    heads: int
+    head_dim: int
+
+    def __floordiv__(self, other: int) -> int:
+        return self.head_dim if other == self.heads else int(self) // other
+
+
+def forget_sizes(layer: nn.Module) -> None:
+    """Leaves plain integers in a layer that was built: compilation knows no others."""
+    for module in layer.modules():
+        for name, value in vars(module).items():
+            if type(value) is HiddenSize:
+                setattr(module, name, int(value))
 
 
 def own(config: Any, index: int) -> dict[str, list[Any]]:

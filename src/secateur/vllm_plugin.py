@@ -18,6 +18,7 @@ def register() -> None:
         if name.endswith("ForCausalLM") and not name.startswith((PREFIX, "Transformers")):
             ModelRegistry.register_model(PREFIX + name, f"{MODULE}:{PREFIX}{name}")
     _know_families()
+    _know_latent_attention()
 
 
 def _know_families() -> None:
@@ -28,3 +29,24 @@ def _know_families() -> None:
 
     for model_type, (config_class, _, _) in FAMILIES.items():
         AutoConfig.register(model_type, config_class, exist_ok=True)
+
+
+def _know_latent_attention() -> None:
+    """Lets vLLM read pruned models with latent attention, whose layers it takes for different wherever widths are."""
+    from vllm.transformers_utils.model_arch_config_convertor import (
+        MODEL_ARCH_CONFIG_CONVERTORS,
+        ModelArchConfigConvertorBase,
+    )
+
+    class LatentConvertor(ModelArchConfigConvertorBase):
+        """What vLLM asks of a whole model: its layers' attention is alike, or it cannot be served."""
+
+        def get_per_layer_hf_configs(self) -> None:
+            if "num_attention_heads" in (getattr(self.hf_text_config, "per_layer_attributes", None) or ()):
+                raise ValueError(
+                    "vLLM has no place for latent attention whose head count varies by layer; export with "
+                    "`--shape uniform`, or prune experts and channels only (`--units`)"
+                )
+
+    for model_type in ("deepseek_v2", "deepseek_v3"):
+        MODEL_ARCH_CONFIG_CONVERTORS.setdefault(model_type, LatentConvertor)
