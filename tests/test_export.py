@@ -312,7 +312,13 @@ def test_tokenizer_chat_template_generation_config_and_card_come_along(tmp_path:
     description = describe(model)
     words = tokenizer()
     export(
-        model, words, description, random_plan(description), tmp_path / "model", card="# Card\n", base_model="me/base"
+        model,
+        words,
+        description,
+        random_plan(description),
+        tmp_path / "model",
+        card=lambda _stock: "# Card\n",
+        base_model="me/base",
     )
     loaded = AutoTokenizer.from_pretrained(tmp_path / "model", trust_remote_code=True)
     assert loaded("w5 w7").input_ids == [5, 7]

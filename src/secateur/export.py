@@ -1,6 +1,6 @@
 """Model + plan → an ordinary Hugging Face checkpoint: weights, configuration, tokenizer, model card. `secateur export`.
 
-Two shapes. Uniform: the same widths in every layer, said by the stock configuration; no code is needed to load it.
+Two forms. Stock: the same widths in every layer, said by the stock configuration; no code is needed to load it.
 Ragged: widths differ by layer, said by `config.per_layer_config`, the standard key for that; transformers ships the
 configuration's side of it only, so `modeling_pruned.py` goes into the checkpoint. Before any weight is written, the
 class that the user will load is built on the meta device, and its shapes are compared with the plan's.
@@ -12,7 +12,7 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -51,29 +51,29 @@ def export(
     plan: Plan,
     folder: Path,
     *,
-    card: str | None = None,
+    card: Callable[[bool], str] | None = None,
     max_shard_size: int | str = "5GB",
     dtype: torch.dtype | None = None,
     base_model: str | None = None,
 ) -> None:
     """Writes the pruned checkpoint to `folder`, which appears when it is complete and replaces what was there.
 
-    `tokenizer` may be None; `card` is the README.md; `dtype` None keeps each weight's own. Memory: the model, if
-    its weights are not offloaded to disk, and a shard.
+    `tokenizer` may be None; `card` makes the README.md, told whether this is a stock checkpoint; `dtype` None keeps
+    each weight's own. Memory: the model, if its weights are not offloaded to disk, and a shard.
     Raises InputError when the plan's widths cannot be said in the shape it asks for.
     """
     stock, stock_base = _stock_classes(model)
     values = _config_values(model.config, description, dtype or model.dtype, base_model)
     ragged = _ragged(values, description, plan)
-    if plan.shape == "uniform" and plan.means is not None:
+    if plan.policy.uniform and plan.means is not None:
         raise InputError("a uniform shape has no place for the biases that stand for removed units; use --shape ragged")
     with replacing(folder) as temporary:
         temporary.mkdir()
         if stock.__module__.startswith(families.__name__):
             values = values | _travelling(stock, temporary)
-        if plan.shape == "uniform" or "per_layer_config" not in ragged:
-            skeleton = _write_uniform(values, stock, description, plan, temporary)
-        else:
+        required = plan.policy.uniform or "per_layer_config" not in ragged
+        is_stock = _write_stock(values, stock, description, plan, temporary, required)
+        if not is_stock:
             classes = stock, stock_base
             if values["model_type"] == "llama" and _heads_vary(ragged) and not _biases(values):
                 # LlamaConfig reads the head count as soon as it is made, which fails where layers differ: without
@@ -82,15 +82,14 @@ def export(
             ragged |= _auto_classes(classes[0]) | _admission(ragged, classes[0].config_class)
             write_json(temporary / "config.json", ragged)
             write_text(temporary / MODELING_FILE, _modeling_text(*classes))
-            skeleton = _pruned_skeleton(temporary)
-        _check_shapes(skeleton, description, plan)
+            _check_shapes(_pruned_skeleton(temporary), description, plan)
         _write_weights(model, description, plan, temporary, max_shard_size, dtype)
         if getattr(model, "generation_config", None) is not None:
             write_text(temporary / "generation_config.json", model.generation_config.to_json_string())
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         if card is not None:
-            write_text(temporary / "README.md", card)
+            write_text(temporary / "README.md", card(is_stock))
 
 
 # --- configuration ---------------------------------------------------------------------------------------------------
@@ -153,6 +152,27 @@ def _ragged(values: dict[str, Any], description: Description, plan: Plan) -> dic
         "per_layer_config": {str(layer): widths[layer] for layer in sorted(widths)},
         "secateur": own,
     }
+
+
+def _write_stock(
+    values: dict[str, Any],
+    stock: type[PreTrainedModel],
+    description: Description,
+    plan: Plan,
+    folder: Path,
+    required: bool,
+) -> bool:
+    """Writes a stock config.json if it gives a model of the plan's shapes: widths of any shape may turn out equal.
+
+    Raises InputError where it does not and is `required`.
+    """
+    try:
+        _check_shapes(_write_uniform(values, stock, description, plan, folder), description, plan)
+    except InputError:
+        if required:
+            raise
+        return False
+    return True
 
 
 def _write_uniform(

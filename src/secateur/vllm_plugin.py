@@ -64,7 +64,8 @@ def check(vllm_config: Any) -> None:
         )
     for index, layer in enumerate(config.per_layer_config):
         for key in config.per_layer_attributes or ():
-            if getattr(layer, key) % ranks:
+            replicated = key == "num_key_value_heads" and ranks % (getattr(layer, key) or 1) == 0
+            if getattr(layer, key) % ranks and not replicated:
                 raise ValueError(
                     f"tensor parallel size {ranks} does not divide {key} {getattr(layer, key)} of layer {index}; "
                     f"export with `--shape tp:{ranks}`"
