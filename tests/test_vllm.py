@@ -149,7 +149,8 @@ import vllm
 def main():
     folder, ranks, trust = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "trust"
     llm = vllm.LLM(folder, dtype="float32", skip_tokenizer_init=True, enforce_eager=True, max_model_len=48, seed=0,
-                   kv_cache_memory_bytes=2**28, tensor_parallel_size=ranks, trust_remote_code=trust)
+                   kv_cache_memory_bytes=2**28, tensor_parallel_size=ranks, trust_remote_code=trust,
+                   model_impl=sys.argv[5])
     params = vllm.SamplingParams(temperature=0.0, max_tokens=32, ignore_eos=True, detokenize=False)
     prompts = [{"prompt_token_ids": ids} for ids in eval(sys.argv[4])]
     print("ARCHITECTURE", llm.llm_engine.vllm_config.model_config.architecture)
@@ -160,11 +161,12 @@ if __name__ == "__main__":
 """
 
 
-def written_by_a_process(folder, ranks=1, trust=False, **environment):
+def written_by_a_process(folder, ranks=1, trust=False, implementation="auto", **environment):
     """What vLLM says and writes in a process of its own, where it finds the plugin by its entry point."""
     script = folder / "greedy.py"
     script.write_text(GREEDY)
     arguments = [sys.executable, str(script), str(folder), str(ranks), "trust" if trust else "", repr(PROMPTS)]
+    arguments.append(implementation)
     settings = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     done = subprocess.run(arguments, env={**os.environ, **settings, **environment}, capture_output=True, text=True)
     said = dict(line.split(" ", 1) for line in done.stdout.splitlines() if line.startswith(("ARCH", "WRITTEN")))
@@ -180,6 +182,13 @@ def test_without_the_plugin_dense_models_run_in_the_transformers_backend(tmp_pat
     folder = exported(tmp_path, "qwen3", {})
     architecture, written = written_by_a_process(folder, trust=True, VLLM_PLUGINS="none")
     assert architecture.startswith("Transformers") and written == expected(folder)
+
+
+def test_uniform_qwen2_with_fewer_heads_runs_in_the_transformers_backend(tmp_path):
+    folder = exported(tmp_path, "qwen2", {}, shape="uniform")
+    assert config(folder)["num_attention_heads"] * config(folder)["head_dim"] != WIDE["num_attention_heads"] * 32
+    _, written = written_by_a_process(folder, implementation="transformers")
+    assert written == expected(folder)
 
 
 def test_two_ranks_share_widths_that_they_divide(tmp_path):

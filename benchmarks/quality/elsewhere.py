@@ -2,8 +2,8 @@
 
     python benchmarks/quality/elsewhere.py MODEL RUN… [--windows 20] [--length 512]
 
-RUN is a run folder with a plan, such as the study leaves in `runs/study/NAME`. The model is loaded once; each plan's gates
-are put on it, which computes what the exported checkpoint computes (`verify.json` of a run says how closely).
+RUN is a run folder with a plan, such as the study leaves in `runs/study/NAME`. The model is loaded once; each plan's
+gates are put on it, which computes what the exported checkpoint computes (a run's `verify.json` says how closely).
 """
 
 import argparse
