@@ -97,25 +97,31 @@ def make_budget(
     """
     params = {g.name: unit_params(g, shapes) for g in groups}
 
-    def wrong(shape: Policy) -> str | None:
-        try:
-            _equal_or_checked(groups, params, sparsity, scope, tie, shape)
-        except InputError as error:
-            return str(error)
-        return None
+    def widths_for(shape: Policy) -> dict[str, int]:
+        return _equal_or_checked(groups, params, sparsity, scope, tie, shape)
 
-    if not policy.free and (reason := wrong(policy)):
-        instead = nearest(policy, lambda shape: all(permitted(g, shape) for g in groups) and not wrong(shape), groups)
-        raise InputError(f"{reason}; {instead}" if instead else reason)
-    widths = _equal_or_checked(groups, params, sparsity, scope, tie, policy)
+    def works(shape: Policy) -> bool:
+        if not all(permitted(g, shape) for g in groups):
+            return False
+        try:
+            widths_for(shape)
+        except InputError:
+            return False
+        return True
+
+    try:
+        widths = widths_for(policy)
+    except InputError as error:
+        instead = None if policy.free else nearest(policy, works, groups)
+        raise InputError(f"{error}; {instead}" if instead else str(error)) from None
     equal = scope in ("layer", "expert")
     allowed: dict[str, int] = {}
     numbers: dict[str, int] = {}
     constraints, start = [], 0
     rows: list[Rows] = []
     for g in groups:
-        free = policy.free and not g.experts
-        if not free and not (g.experts and (tie is None or scope == "expert")):
+        together = tie is not None and scope != "expert" if g.experts else not policy.free
+        if together:
             where = slice(start, start + g.units)
             rows.append(Rows(where, permitted(g, policy), g.experts, bool(g.experts) and not g.shared))
         start += g.units

@@ -31,8 +31,9 @@ def budget_of(session: Session, shape: str | None = None, scope: Scope | None = 
     return make_budget(description.groups, description.shapes, c.sparsity, scope, tie, policy)
 
 
-def find_gates(session: Session) -> Gates:
-    """Gates of the run's method. Those that are learned go on from a checkpoint where one is; the others start over."""
+def find_gates(session: Session, limits: Budget) -> Gates:
+    """Gates of the run's method within `limits`, its budget. Those that are learned go on from a checkpoint where one
+    is; the others start over."""
     c = session.config
     assert c.learning is not None
     blocks = session.blocks
@@ -47,7 +48,6 @@ def find_gates(session: Session) -> Gates:
         "recipe": asdict(c.learning),
         "fixing": None,
     }
-    limits = budget_of(session)
     with session.autocast():
         return (_score if c.method in ONE_SHOT else _learn)(session, limits, about)
 
