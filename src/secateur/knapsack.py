@@ -1,0 +1,88 @@
+"""The kept set under several budgets at once: by falling rank what fits all of them, until nothing more fits.
+
+Each group of units is a chain of items, by rank: what the i-th of them costs follows from how many are before it
+(costs.Cost.at), the first one with what opens the sublayer. Prices say how dear a unit is where several budgets bind.
+
+Shape suffixes: N units of the whole model, O items, C constraints, G groups, W waiting items.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from secateur.costs import Bound
+
+ROUNDS = 200
+"""Steps in which prices are found."""
+
+
+def fitting(
+    rank_O: torch.Tensor, group_O: torch.Tensor, ladders: Sequence[Sequence[int]], bounds: Sequence[Bound]
+) -> torch.Tensor:
+    """By falling rank what fits all bounds, a mask of shape (O,); of a group, nothing after what does not.
+
+    ladders: of each group, the units stored with none of its items, with the first one, and so on.
+    """
+    order_O = rank_O.argsort(descending=True, stable=True)
+    cost_OC = torch.zeros(len(rank_O), len(bounds), dtype=torch.int64)
+    by_group = order_O[group_O[order_O].argsort(stable=True)]
+    for g, items in enumerate(by_group.split(torch.bincount(group_O, minlength=len(ladders)).tolist())):
+        stored = ladders[g][: len(items) + 1]
+        costs = torch.tensor([[b.costs[g].at(units) for b in bounds] for units in stored])
+        cost_OC[items] = costs.diff(dim=0)
+    empty = [ladder[0] for ladder in ladders]
+    room_C = torch.tensor([b.allowed - b.cost(empty) for b in bounds])
+    admitted_G = _admitted(rank_O, group_O, len(ladders), bounds, room_C)
+    waiting = order_O[admitted_G[group_O[order_O]].logical_not().byte().argsort(stable=True)]
+    kept_O = torch.zeros(len(rank_O), dtype=torch.bool)
+    while len(waiting):
+        waiting = waiting[in_turn((cost_OC[waiting] <= room_C).all(1), group_O[waiting])]
+        taken = (cost_OC[waiting].cumsum(0) <= room_C).all(1)
+        kept_O[waiting[taken]] = True
+        room_C -= cost_OC[waiting[taken]].sum(0)
+        waiting = waiting[~taken]
+    return kept_O
+
+
+def _admitted(
+    rank_O: torch.Tensor, group_O: torch.Tensor, groups: int, bounds: Sequence[Bound], room_C: torch.Tensor
+) -> torch.Tensor:
+    """Groups that may open first, a mask of shape (G,): where there is no room for all of them to open, those of the
+    highest mean rank, for a sublayer that opens for its best unit alone would keep out one that is good throughout."""
+    opening_GC = torch.tensor([[b.costs[g].opening for b in bounds] for g in range(groups)])
+    short_C = opening_GC.sum(0) > room_C
+    admitted_G = torch.ones(groups, dtype=torch.bool)
+    if not short_C.any():
+        return admitted_G
+    sum_G = torch.zeros(groups).index_add(0, group_O, rank_O.float())
+    mean_G = sum_G / torch.bincount(group_O, minlength=groups).clamp(min=1)
+    left_C = room_C.clone()
+    for g in mean_G.argsort(descending=True, stable=True).tolist():
+        after_C = left_C - opening_GC[g]
+        admitted_G[g] = bool((after_C >= 0)[short_C].all())
+        left_C = after_C if admitted_G[g] else left_C
+    return admitted_G
+
+
+def in_turn(fits_W: torch.Tensor, chain_W: torch.Tensor) -> torch.Tensor:
+    """Of what waits in order, what fits and stands in its chain (−1: in none) behind nothing that does not."""
+    place_W, number_W = torch.arange(len(fits_W)), chain_W + 1
+    first = torch.full((int(number_W.max()) + 1,), len(fits_W))  # of each chain, what does not fit
+    first.scatter_reduce_(0, number_W[~fits_W], place_W[~fits_W], "amin")
+    return fits_W & ((chain_W < 0) | (place_W < first[number_W]))
+
+
+def prices(value_N: torch.Tensor, weight_CN: torch.Tensor, target_C: torch.Tensor) -> torch.Tensor:
+    """What a share of each budget is worth, shape (C,): multipliers μ of the relaxed knapsack, in which those units are
+    kept whose value exceeds Σ_c μ_c weight_cn, found by multiplicative steps on how far that misses the targets.
+
+    value_N: what each unit is worth, at least 0; weight_CN: its share of each budget, rows sum to 1.
+    """
+    price_C = torch.full_like(target_C, float(value_N.sum()))
+    mean_C = torch.zeros_like(price_C)
+    for step in range(ROUNDS):
+        kept_N = value_N > price_C @ weight_CN
+        used_C = weight_CN @ kept_N.float()
+        price_C = price_C * torch.exp((used_C - target_C) * (8.0 / (1 + step) ** 0.5))
+        mean_C = mean_C + price_C / ROUNDS if step * 2 >= ROUNDS else mean_C
+    return mean_C
