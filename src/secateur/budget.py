@@ -2,21 +2,25 @@
 
 Method §3: the sparsity term s̄ − ρ; here s̄ is a mean of retention scores weighted by parameters, so that a head counts
 for as much as it holds. `model` is one budget over all units, `kind` the paper's one a kind, `layer` equal widths.
+`--budget` weighs units by other costs (costs.py), each over the whole model.
 
-Shape suffixes: N units of the whole model, C constraints.
+Shape suffixes: N units of the whole model, C constraints, M units in constraints (a unit once in each), G groups.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import ceil, floor, prod
+from math import floor, prod
 
 import torch
 
 from secateur.config import Tie
+from secateur.costs import Bound, stored_when_empty, widths_within
 from secateur.describe import Description
 from secateur.files import InputError
+from secateur.knapsack import fitting, in_turn, prices
 from secateur.policy import RAGGED, Policy, nearest, permitted
-from secateur.units import Group, Shapes, Size, sliced_shapes, unit_params, whole
+from secateur.units import FEWEST_EXPERTS, Group, Shapes, Size, sliced_shapes, unit_params, whole
+from secateur.widths import equal_or_checked
 
 
 @dataclass(frozen=True)
@@ -55,20 +59,73 @@ class Budget:
     """The shape that `rows` follow from."""
     rows: tuple[Rows, ...] = ()
     """Groups whose units go together."""
+    bounds: tuple[Bound, ...] = ()
+    """Budgets on the whole model, which are the constraints then, in the place of those above."""
+    groups: tuple[Group, ...] = ()
+    """Where there are bounds, whose units these are."""
 
     def __post_init__(self) -> None:
-        total_C = torch.zeros_like(self.allowed_C).index_add(0, self.constraint_N, self.params_N)
-        self.weight_N = (self.params_N / total_C[self.constraint_N]).float()
-        """Share of its constraint's parameters that a unit holds."""
+        device, cost_M, allowed_C = self.constraint_N.device, self.params_N, self.allowed_C
+        self.unit_M, self.constraint_M = torch.arange(len(cost_M), device=device), self.constraint_N
+        if self.bounds:
+            self.names = tuple(b.name for b in self.bounds)
+            units_G = torch.tensor([g.units for g in self.groups], device=device)
+            cost_CG = torch.tensor([[c.at(g.units) for c, g in zip(b.costs, self.groups, strict=True)]
+                                    for b in self.bounds], device=device)  # fmt: skip
+            self.group_N = torch.arange(len(units_G), device=device).repeat_interleave(units_G)
+            spread_CN = (cost_CG.double() / units_G)[:, self.group_N]
+            self.constraint_M, self.unit_M = spread_CN.nonzero(as_tuple=True)
+            cost_M = spread_CN[self.constraint_M, self.unit_M]
+            allowed_C = torch.tensor([b.allowed - b.fixed for b in self.bounds], device=device)
+            opening_CG = torch.tensor([[c.opening for c in b.costs] for b in self.bounds], device=device)
+            self.opening_CG = (opening_CG / cost_CG.sum(1, keepdim=True)).float()
+        total_C = torch.zeros_like(allowed_C, dtype=cost_M.dtype).index_add(0, self.constraint_M, cost_M)
+        self.weight_M = (cost_M / total_C[self.constraint_M]).float()
+        """Share of its constraint's cost that a unit holds."""
         self.share_N = (self.params_N / self.params_N.sum()).float()
         """Share of all units' parameters that a unit holds."""
-        self.share_C = (total_C / self.params_N.sum()).float()
-        self.target_C = (self.allowed_C / total_C).float()
-        """ρ, the share of its parameters that a constraint may keep."""
+        self.target_C = (allowed_C / total_C).float()
+        """ρ, the share of its cost that a constraint may keep."""
+        share_C = (total_C / self.params_N.sum()).float()
+        self.target = None if self.bounds else float((self.target_C * share_C).sum())
+        """Share of all units' parameters that may be kept, where that is what is bounded."""
+
+    def entries(self, value_N: torch.Tensor) -> torch.Tensor:
+        """Values of the units in constraints, shape (M,)."""
+        return value_N[self.unit_M]
+
+    def gathered(self, value_M: torch.Tensor) -> torch.Tensor:
+        """Sums over the constraints that a unit is in, shape (N,)."""
+        return torch.zeros_like(self.share_N).index_add(0, self.unit_M, value_M) if self.bounds else value_M
+
+    def mean(self, value_M: torch.Tensor) -> torch.Tensor:
+        """Of every constraint, shape (C,), weighted by cost."""
+        return torch.zeros_like(self.target_C).index_add(0, self.constraint_M, self.weight_M * value_M)
 
     def kept_share(self, score_N: torch.Tensor) -> torch.Tensor:
-        """s̄ of every constraint, shape (C,): the mean of the scores, weighted by parameters."""
-        return torch.zeros_like(self.target_C).index_add(0, self.constraint_N, self.weight_N * score_N)
+        """s̄ of every constraint, shape (C,): the mean of the scores, weighted by cost."""
+        return self.mean(self.entries(score_N)) + self.excess(score_N)
+
+    def excess(self, score_N: torch.Tensor) -> torch.Tensor:
+        """What s̄ misses, shape (C,): its mean spreads over all units what opens a sublayer, which costs as much as the
+        highest score says. A figure without gradient: all units of a sublayer feel the mean's alike."""
+        if not self.bounds:
+            return torch.zeros_like(self.target_C)
+        score_N, none_G = score_N.detach(), torch.zeros(len(self.groups), device=score_N.device)
+        highest_G = none_G.scatter_reduce(0, self.group_N, score_N, "amax")
+        mean_G = none_G.scatter_reduce(0, self.group_N, score_N, "mean", include_self=False)
+        return self.opening_CG @ (highest_G - mean_G)
+
+    def per_cost(self, value_N: torch.Tensor) -> torch.Tensor:
+        """What units are worth for what they cost, shape (N,): for a share of the units' parameters, or of the budgets
+        at the prices at which these would be met."""
+        if not self.bounds:
+            return value_N / self.share_N
+        weight_CN = torch.zeros(len(self.names), len(value_N), device=value_N.device)
+        weight_CN[self.constraint_M, self.unit_M] = self.weight_M
+        price_C = prices(value_N, weight_CN, self.target_C) if len(self.names) > 1 else torch.ones_like(self.target_C)
+        cost_N = price_C @ weight_CN
+        return value_N / cost_N.clamp(min=1e-6 * float(cost_N.max()))  # some may cost nothing
 
     def share_of(self, score_N: torch.Tensor) -> float:
         """Share of all units' parameters that scores (or a mask) of shape (N,) keep."""
@@ -87,19 +144,28 @@ def make_budget(
     scope: str,
     tie: Tie | None = None,
     policy: Policy = RAGGED,
+    bounds: tuple[Bound, ...] = (),
 ) -> Budget:
-    """The constraints that remove the share `sparsity` of all parameters that belong to units.
+    """The constraints that remove the share `sparsity` of all parameters that belong to units, or else the `bounds`.
 
     With scope `layer` or `expert` all layers keep as many units of a kind: heads rounded to the nearest whole number,
     channels take up the rest; `expert` asks the same of the experts of a layer. `tie` says what of a mixture goes
     together, `policy` which widths there may be, at least one for each group (`Description.check_shape`). Raises
-    InputError when no such widths meet the budget.
+    InputError when no such widths, or no units at all, meet the budget.
     """
     params = {g.name: unit_params(g, shapes) for g in groups}
+    if bounds and scope == "layer" and tie != "experts":
+        scope = "expert"  # the units of experts that are gone could widen others beyond a bound
+    equal = scope in ("layer", "expert")
+
+    def widths_for(shape: Policy) -> dict[str, int]:
+        if bounds:
+            return widths_within(groups, bounds, equal, tie == "experts", shape)
+        return equal_or_checked(groups, params, sparsity, scope, tie, shape)
 
     def wrong(shape: Policy) -> str | None:
         try:
-            _equal_or_checked(groups, params, sparsity, scope, tie, shape)
+            widths_for(shape)
         except InputError as error:
             return str(error)
         return None
@@ -107,8 +173,7 @@ def make_budget(
     if not policy.free and (reason := wrong(policy)):
         instead = nearest(policy, lambda shape: all(permitted(g, shape) for g in groups) and not wrong(shape), groups)
         raise InputError(f"{reason}; {instead}" if instead else reason)
-    widths = _equal_or_checked(groups, params, sparsity, scope, tie, policy)
-    equal = scope in ("layer", "expert")
+    widths = widths_for(policy)
     allowed: dict[str, int] = {}
     numbers: dict[str, int] = {}
     constraints, start = [], 0
@@ -136,6 +201,8 @@ def make_budget(
         tie if mixed and scope != "expert" else None,
         policy,
         tuple(rows),
+        () if equal else bounds,
+        tuple(groups) if bounds and not equal else (),
     )
 
 
@@ -154,7 +221,7 @@ def largest_that_fits(rank_N: torch.Tensor, limits: Budget) -> torch.Tensor:
     """
     rank_N, device = rank_N.detach().cpu(), rank_N.device
     params_N, constraint_N = limits.params_N.cpu(), limits.constraint_N.cpu()
-    if not limits.rows:
+    if not limits.rows and not limits.bounds:
         return _fitting(rank_N, params_N, constraint_N, limits.allowed_C).to(device)
     owner_N, chain_N = _tied(rank_N, limits)
     has_N = owner_N >= 0
@@ -168,7 +235,12 @@ def largest_that_fits(rank_N: torch.Tensor, limits: Budget) -> torch.Tensor:
     chain_O = torch.zeros(count, dtype=torch.int64).index_copy(0, owner_M, chain_N[has_N])
     for rows in range(len(limits.rows)):  # a short row's mean may be rounded above that of the row before it
         rank_O[chain_O == rows] = rank_O[chain_O == rows].cummin(0).values
-    kept_O = _fitting(rank_O, params_O, constraint_O, limits.allowed_C, chain_O)
+    if limits.bounds:
+        group_N = limits.group_N.cpu()
+        group_O = torch.zeros(count, dtype=torch.int64).index_copy(0, owner_M, group_N[has_N])
+        kept_O = fitting(rank_O, group_O, _ladders(has_N, limits), limits.bounds)
+    else:
+        kept_O = _fitting(rank_O, params_O, constraint_O, limits.allowed_C, chain_O)
     return (kept_O[owner_N] & has_N).to(device)
 
 
@@ -187,7 +259,7 @@ def _fitting(
         while len(waiting):
             fits = params_N[waiting] <= allowed
             if chain_N is not None:
-                fits = _in_turn(fits, chain_N[waiting])
+                fits = in_turn(fits, chain_N[waiting])
             waiting = waiting[fits]
             taken = params_N[waiting].cumsum(0) <= allowed
             kept_N[waiting[taken]] = True
@@ -196,12 +268,22 @@ def _fitting(
     return kept_N
 
 
-def _in_turn(fits_W: torch.Tensor, chain_W: torch.Tensor) -> torch.Tensor:
-    """Of what waits in order, what fits and stands in its chain behind nothing that does not."""
-    place_W, number_W = torch.arange(len(fits_W)), chain_W + 1
-    first = torch.full((int(number_W.max()) + 1,), len(fits_W))  # of each chain, what does not fit
-    first.scatter_reduce_(0, number_W[~fits_W], place_W[~fits_W], "amin")
-    return fits_W & ((chain_W < 0) | (place_W < first[number_W]))
+def _ladders(has_N: torch.Tensor, limits: Budget) -> list[torch.Tensor]:
+    """Of each group, the units stored with nothing kept of it, with the first item, and so on. `has_N` masks the units
+    that may be kept."""
+    rows_at = {rows.where.start: rows for rows in limits.rows}
+    ladders, start = [], 0
+    for g, has_U in zip(limits.groups, has_N.split([g.units for g in limits.groups]), strict=True):
+        rows, living = rows_at.get(start), int(g.by_expert(has_U).any(-1).sum()) if g.experts else 1
+        start += g.units
+        if rows is None:
+            steps = list(range(1, g.units + 1))
+        elif g.experts and limits.tie == "experts":
+            steps = [g.width * max(FEWEST_EXPERTS, n) for n in range(1, g.experts + 1)]
+        else:
+            steps = [width * (max(FEWEST_EXPERTS, living) if g.experts else 1) for width in rows.widths]
+        ladders.append(torch.tensor([stored_when_empty(g, limits.policy), *steps]))
+    return ladders
 
 
 def _tied(rank_N: torch.Tensor, limits: Budget) -> tuple[torch.Tensor, torch.Tensor]:
@@ -236,92 +318,6 @@ def ranked(score_N: torch.Tensor, kept_N: torch.Tensor) -> torch.Tensor:
     order_N = score_N.argsort(descending=True, stable=True)
     rank_N[order_N] = torch.arange(len(score_N), 0, -1, device=score_N.device) / len(score_N)
     return torch.where(kept_N, rank_N, rank_N - 1.0)
-
-
-def _equal_or_checked(
-    groups: Sequence[Group], params: Mapping[str, int], sparsity: float, scope: str, tie: Tie | None, policy: Policy
-) -> dict[str, int]:
-    """Group name → units, where widths are equal by layer. Raises InputError where a policy cannot meet a budget."""
-    if tie == "experts":
-        _check_whole_experts(groups, scope, policy)
-    if scope in ("layer", "expert"):
-        return dict(_equal_widths(groups, params, sparsity, tie, policy))
-    if not policy.free:
-        _check_reach(groups, params, sparsity, scope, policy)
-    return {}
-
-
-def _check_whole_experts(groups: Sequence[Group], scope: str, policy: Policy) -> None:
-    """Raises InputError where experts cannot go whole."""
-    if any(g.experts and g.width not in permitted(g, policy) for g in groups):
-        raise InputError(f"--shape {policy}: this method removes whole experts, and their width does not divide so")
-    if scope == "expert":
-        raise InputError("this method removes whole experts, so equal widths of all experts contradict it")
-    if any(g.experts and g.shared for g in groups):
-        raise InputError("this method removes whole experts, and those with biases give these without any channel, too")
-
-
-def _check_reach(
-    groups: Sequence[Group], params: Mapping[str, int], sparsity: float, scope: str, policy: Policy
-) -> None:
-    """Raises InputError where the widths of a policy cannot come within a row of a budget: the widest together leave
-    too much of it, or the narrowest is already too wide."""
-    for kind in dict.fromkeys(g.kind for g in groups) if scope == "kind" else [None]:
-        within = [g for g in groups if kind in (None, g.kind)]
-        each = {g.name: params[g.name] * (g.experts or 1) for g in within}
-        least = min(each[g.name] * permitted(g, policy)[0] for g in within)
-        most = sum(each[g.name] * permitted(g, policy)[-1] for g in within)
-        total = sum(each[g.name] * g.width for g in within)
-        room = floor((1.0 - sparsity) * total + 1e-6)
-        if room < least:
-            raise InputError(f"--sparsity {sparsity:g} leaves no room for any width that --shape {policy} permits")
-        if room - most >= least:
-            raise _unspent(policy, most / total, kind or "the units", sparsity)
-
-
-def _unspent(policy: Policy, most: float, what: str, sparsity: float) -> InputError:
-    """The error for a budget that a policy cannot spend."""
-    return InputError(
-        f"--shape {policy} permits no more than {most:.1%} of the parameters in {what}, and --sparsity {sparsity:g} "
-        f"asks to keep more: use --sparsity {ceil(1000 * (1.0 - most) - 1e-9) / 1000:g} or above"
-    )
-
-
-def _equal_widths(
-    groups: Sequence[Group], params: Mapping[str, int], sparsity: float, tie: Tie | None, policy: Policy
-) -> Iterator[tuple[str, int]]:
-    """Units to keep of each group, or of each of its experts, so that all groups of a kind are equally wide, within the
-    budget. One kind takes up what rounding leaves of it: experts' channels, else channels, else heads.
-
-    The width of shared experts that no key of the configuration says is a multiple of the routed experts' width.
-    """
-    kinds = dict.fromkeys(g.kind for g in groups)
-    for kind in kinds:
-        if len({(g.width, g.experts) for g in groups if g.kind == kind}) > 1:
-            raise InputError(f"the layers differ in their number of {kind}, so equal widths are not possible")
-    last = next((k for k in ("expert_channels", "channels") if k in kinds), [*kinds][-1])
-    filler = next(g for g in groups if g.kind == last)
-    tied = {g.kind: g.width / filler.width for g in groups if not g.sizes} if filler.experts else {}
-    allowed = (1.0 - sparsity) * sum(g.units * params[g.name] for g in groups)
-    kept: dict[str, int] = {}
-    for g in groups:
-        if g.kind != last and g.kind not in tied:
-            near = round(g.width * (1.0 - sparsity))
-            kept.setdefault(g.kind, min(permitted(g, policy), key=lambda width: abs(width - near)) if near else 0)
-            allowed -= float(kept[g.kind] * params[g.name])
-    a_unit: float = sum((g.experts or 1) * params[g.name] for g in groups if g.kind == last)
-    a_unit += sum(tied[g.kind] * params[g.name] for g in groups if g.kind in tied)
-    kept[last] = min(filler.width, floor(allowed / a_unit + 1e-9))
-    if tie != "experts" or not filler.experts:
-        kept[last] = max((w for w in permitted(filler, policy) if w <= kept[last]), default=0)
-    unspent = allowed - kept[last] * a_unit
-    kept |= {kind: round(kept[last] * multiple) for kind, multiple in tied.items()}
-    if min(kept.values()) < 1:
-        raise InputError(f"no equal widths remove {sparsity:.0%} of the units; use --shape ragged or lower --sparsity")
-    if not policy.free and unspent >= permitted(filler, policy)[0] * a_unit:
-        total = sum(g.units * params[g.name] for g in groups)
-        raise _unspent(policy, (1.0 - sparsity) - unspent / total, "the units", sparsity)
-    yield from ((g.name, kept[g.kind]) for g in groups)
 
 
 @dataclass(frozen=True)

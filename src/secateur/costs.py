@@ -10,12 +10,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil, lcm, prod
+from typing import TypeVar
+
+from torch import Tensor
 
 from secateur.describe import Description
 from secateur.files import InputError
 from secateur.policy import Policy, permitted
 from secateur.units import FEWEST_EXPERTS, Group, aligned
 from secateur.wanted import KINDS, Wanted
+
+
+Count = TypeVar("Count", int, Tensor)
 
 
 @dataclass(frozen=True)
@@ -26,9 +32,9 @@ class Cost:
     opening: int = 0
     """What goes with the last unit only."""
 
-    def at(self, stored: int) -> int:
+    def at(self, stored: Count) -> Count:
         """Of so many stored units."""
-        return self.unit * stored + (self.opening if stored else 0)
+        return self.unit * stored + self.opening * (stored > 0)
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,11 @@ class Bound:
 
 
 def bounds_of(
-    description: Description, wanted: Sequence[Wanted], bytes_per_value: int, buffer_bytes: int = 0, by_kind: bool = False
+    description: Description,
+    wanted: Sequence[Wanted],
+    bytes_per_value: int,
+    buffer_bytes: int = 0,
+    by_kind: bool = False,
 ) -> tuple[Bound, ...]:
     """The budgets on the model of a description. `buffer_bytes` are those of tensors that checkpoints hold beside the
     parameters; `by_kind` divides the budget of units, the same share to each kind."""
@@ -81,8 +91,8 @@ def _bound(
     groups: Sequence[Group], wanted: Wanted, whole: Mapping[str, Fraction], extra: int, kind: str | None
 ) -> Bound:
     none = Fraction(0)
-    mine = [kind in (None, g.kind) for g in groups]
-    unit = [sum((whole.get(s.param, none) for s in g.slices), none) / g.units * m for g, m in zip(groups, mine, strict=True)]
+    unit = [sum((whole.get(s.param, none) for s in g.slices), none) / g.units for g in groups]
+    unit = [each if kind in (None, g.kind) else none for each, g in zip(unit, groups, strict=True)]
     opening = [sum((whole.get(name, none) for name in g.shared), none) for g in groups]
     inside = {s.param for g in groups for s in g.slices} | {name for g in groups for name in g.shared}
     fixed = sum((cost for name, cost in whole.items() if name not in inside), Fraction(extra))
@@ -132,8 +142,8 @@ def widths_within(
     _check_counted(groups, bounds)
     if policy.form == "padded" and any(g.experts for g in groups):
         raise InputError(
-            f"--shape padded stores more of a mixture than it keeps, so --budget {bounds[0].wanted} cannot be held; use "
-            "--sparsity, or --shape ragged"
+            f"--shape padded stores more of a mixture than it keeps, so --budget {bounds[0].wanted} cannot be held; "
+            "use --sparsity, or --shape ragged"
         )
     if equal and whole_experts:
         raise InputError("this method removes whole experts, so equal widths contradict --budget; use --per model")
@@ -144,12 +154,14 @@ def widths_within(
     firsts = [(g.experts or 1) * (g.width if whole_experts and g.experts else permitted(g, policy)[0]) for g in groups]
     if whole_experts:
         firsts = [FEWEST_EXPERTS * g.width if g.experts else first for g, first in zip(groups, firsts, strict=True)]
+    gaps = []
     for b in bounds:
         steps = [cost.at(f) - cost.at(low) for cost, f, low in zip(b.costs, firsts, lowest, strict=True) if cost.at(f)]
         least = b.cost(lowest) + min((step for step in steps if step > 0), default=0)
         if b.allowed < least:
             raise InputError(f"--budget {b.wanted} cannot be met{_by(policy)}: {_nearest(b, least)}")
-    _check_spent(bounds, [b.cost(highest) for b in bounds], policy)
+        gaps.append(least - b.cost(lowest))
+    _check_spent(bounds, [b.cost(highest) for b in bounds], gaps, policy)
     return {}
 
 
@@ -163,15 +175,18 @@ def _check_counted(groups: Sequence[Group], bounds: Sequence[Bound]) -> None:
             )
 
 
-def _check_spent(bounds: Sequence[Bound], most: Sequence[int], policy: Policy) -> None:
-    """Raises InputError where no bound asks for less than what there may be at most."""
-    if all(b.allowed >= cost for b, cost in zip(bounds, most, strict=True)):
-        b, cost = bounds[0], most[0]
-        has = "the unpruned model has" if cost == b.dense else f"--shape {policy} permits"
-        raise InputError(
-            f"--budget {b.wanted} asks for nothing: {has} no more than {ceil(cost / b.scale):,} {KINDS[b.wanted.kind]}; "
-            f"the nearest that can be met is below {b.said(cost, less=True)}"
-        )
+def _check_spent(bounds: Sequence[Bound], most: Sequence[int], steps: Sequence[int], policy: Policy) -> None:
+    """Raises InputError where no bound asks for less than the dense model has, or all leave a step or more beyond what
+    a policy permits at most."""
+    enough = [cost + (step if cost < b.dense else 0) for b, cost, step in zip(bounds, most, steps, strict=True)]
+    if any(b.allowed < cost for b, cost in zip(bounds, enough, strict=True)):
+        return
+    b, cost = bounds[0], most[0]
+    has, less = ("the unpruned model has", "below ") if cost == b.dense else (f"--shape {policy} permits", "")
+    raise InputError(
+        f"--budget {b.wanted} cannot be met to within a unit: {has} no more than {cost // b.scale:,} "
+        f"{KINDS[b.wanted.kind]}; the nearest is {less}{b.said(cost, less=bool(less))}"
+    )
 
 
 def _by(policy: Policy) -> str:
@@ -213,7 +228,10 @@ def _equal(groups: Sequence[Group], bounds: Sequence[Bound], policy: Policy) -> 
     for b in bounds:
         if b.cost(stored(least)) > b.allowed:
             raise InputError(f"--budget {b.wanted} cannot be met by equal widths: {_nearest(b, b.cost(stored(least)))}")
-    _check_spent(bounds, [b.cost(stored({kind: w[-1] for kind, w in free.items()})) for b in bounds], policy)
+    most = {kind: widths[-1] for kind, widths in free.items()}
+    second = {kind: widths[min(1, len(widths) - 1)] for kind, widths in free.items()}
+    steps = [b.cost(stored(second)) - b.cost(stored(least)) for b in bounds]
+    _check_spent(bounds, [b.cost(stored(most)) for b in bounds], steps, policy)
     shares = sorted({Fraction(w, kinds[kind].width) for kind, widths in free.items() for w in widths})
     best = least
     for share in shares:

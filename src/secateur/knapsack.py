@@ -17,7 +17,7 @@ ROUNDS = 200
 
 
 def fitting(
-    rank_O: torch.Tensor, group_O: torch.Tensor, ladders: Sequence[Sequence[int]], bounds: Sequence[Bound]
+    rank_O: torch.Tensor, group_O: torch.Tensor, ladders: Sequence[torch.Tensor], bounds: Sequence[Bound]
 ) -> torch.Tensor:
     """By falling rank what fits all bounds, a mask of shape (O,); of a group, nothing after what does not.
 
@@ -28,9 +28,8 @@ def fitting(
     by_group = order_O[group_O[order_O].argsort(stable=True)]
     for g, items in enumerate(by_group.split(torch.bincount(group_O, minlength=len(ladders)).tolist())):
         stored = ladders[g][: len(items) + 1]
-        costs = torch.tensor([[b.costs[g].at(units) for b in bounds] for units in stored])
-        cost_OC[items] = costs.diff(dim=0)
-    empty = [ladder[0] for ladder in ladders]
+        cost_OC[items] = torch.stack([b.costs[g].at(stored) for b in bounds], dim=1).diff(dim=0)
+    empty = [int(ladder[0]) for ladder in ladders]
     room_C = torch.tensor([b.allowed - b.cost(empty) for b in bounds])
     admitted_G = _admitted(rank_O, group_O, len(ladders), bounds, room_C)
     waiting = order_O[admitted_G[group_O[order_O]].logical_not().byte().argsort(stable=True)]

@@ -46,7 +46,7 @@ class Wanted:
         return int(Fraction(self.share) * dense + Fraction(1, 10**6))
 
     def instead(self, figure: int, dense: Fraction, less: bool = False) -> str:
-        """Words for a budget that allows `figure` of `dense`, or with `less` no more than it, in the form of this one."""
+        """Words, in the form of these, for a budget that allows `figure` of `dense`; with `less`, no more than it."""
         if self.share is not None:
             thousandths = 1000 * figure / dense
             return f"{self.kind}={(int(thousandths) if less else ceil(thousandths)) / 1000:g}"
