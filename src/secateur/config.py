@@ -15,6 +15,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from secateur.files import InputError, write_text
 from secateur.policy import policy_of
+from secateur.wanted import what_is_asked
 
 
 @dataclass(frozen=True)
@@ -147,8 +148,15 @@ class Config:
 
     model: tyro.conf.Positional[str]
     """Local folder, hub id, or GGUF file of a causal language model."""
-    sparsity: float
+    sparsity: float | None = None
     """Share of the parameters that belong to units (heads, channels; see `--units`) to remove, between 0 and 1."""
+    budget: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KIND=VALUE")] = ()
+    """What may be left, at most: a share of what the unpruned model has (`params=0.7`), or a figure (`params=90M`,
+    `bytes=200MB`). Kinds: `units`, the parameters in units (units=0.7 is --sparsity 0.3); `params`, those that a token
+    meets: of a mixture's experts as many as it is routed to; `total-params`, all that are stored, tied ones once;
+    `flops` a token, without attention over the context; `kv`, bytes of KV cache a token; `bytes` of the weights, in the
+    checkpoint's dtype. Say it several times for several budgets (`--budget params=0.7 --budget kv=0.5`): all are met,
+    from below, and nothing that was removed would still fit."""
     method: Method = "deterministic"
     """How the units to keep are found. `deterministic` is the method of the paper; the others are baselines over the
     same units, budget and text. Gates are learned otherwise with `hard-concrete` (noise), `hard-concrete-deterministic`
@@ -183,10 +191,10 @@ class Config:
     binarise: bool = True
     """Press undecided gates to a side: the term λ₃ of the deterministic method, which the others do not have."""
     per: Scope | None = None
-    """One budget over the whole model, one for each kind of unit, or equal widths in all layers (`layer`), and in all
-    experts of a layer, too (`expert`). Default: `expert` when the shape is uniform, `layer` for `magnitude`,
-    `wanda-sp`, `taylor-*` and the methods for experts, whose papers do so, `kind` with the paper's recipe of gates held
-    by multipliers, else `model`."""
+    """One budget over the whole model, one for each kind of unit (of `--sparsity` only), or equal widths in all layers
+    (`layer`), and in all experts of a layer, too (`expert`, and `layer` with `--budget`). Default: `expert` when the
+    shape is uniform, `layer` for `magnitude`, `wanda-sp`, `taylor-*` and the methods for experts, whose papers do so,
+    `kind` with the paper's recipe of gates held by multipliers, else `model`."""
     shape: Shape = "ragged"
     """Widths of the export: `ragged` lets every layer have its own, `uniform` gives a stock configuration, no code.
     The experts of a layer are stored equally wide in both; `padded` lets each keep what it learned to keep, and fills
@@ -256,8 +264,13 @@ class Config:
 
     def __post_init__(self) -> None:
         """Raises InputError for settings that are out of range or contradict each other."""
-        if not 0 < self.sparsity < 1:
-            raise InputError(f"--sparsity must lie between 0 and 1, not {self.sparsity}: it is the share to remove")
+        self.sparsity, self.budget = what_is_asked(self.sparsity, self.budget)
+        if self.per == "kind" and self.sparsity is None and not any(w.startswith("units") for w in self.budget):
+            raise InputError("--per kind divides a budget of units, so it needs --sparsity; leave it out")
+        if self.method == "flap" and (said := [w for w in self.budget if w.startswith(("params", "total", "bytes"))]):
+            raise InputError(
+                f"--method flap adds biases, which --budget {said[0]} does not count; use units, flops or kv"
+            )
         for name in ("steps", "batch_size", "epochs", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
@@ -333,9 +346,9 @@ class Config:
         per: Scope = "model"
         if policy_of(self.shape).uniform:
             per = "expert"
-        elif self.method in EQUAL_WIDTHS:
+        elif self.method in EQUAL_WIDTHS and not (self.budget and self.method in WHOLE_EXPERTS):
             per = "layer"
-        elif recipe.name == "paper" and self.method not in (*ONE_SHOT, "grasprune"):
+        elif recipe.name == "paper" and self.method not in (*ONE_SHOT, "grasprune") and self.sparsity is not None:
             per = "kind"
         return replace(self, per=self.per or per, learning=recipe)
 

@@ -18,8 +18,7 @@ from secateur.describe import Description
 from secateur.files import InputError
 from secateur.policy import Policy, permitted
 from secateur.units import FEWEST_EXPERTS, Group, aligned
-from secateur.wanted import KINDS, Wanted
-
+from secateur.wanted import Wanted
 
 Count = TypeVar("Count", int, Tensor)
 
@@ -170,7 +169,7 @@ def _check_counted(groups: Sequence[Group], bounds: Sequence[Bound]) -> None:
     for b in bounds:
         if not any(cost.at(g.units) for cost, g in zip(b.costs, groups, strict=True)):
             raise InputError(
-                f"--budget {b.wanted} cannot be met: none of the {KINDS[b.wanted.kind]} belong to what is pruned "
+                f"--budget {b.wanted} cannot be met: none of the {b.wanted.counts} belong to what is pruned "
                 f"({kinds}); see --units, or leave it out"
             )
 
@@ -185,7 +184,7 @@ def _check_spent(bounds: Sequence[Bound], most: Sequence[int], steps: Sequence[i
     has, less = ("the unpruned model has", "below ") if cost == b.dense else (f"--shape {policy} permits", "")
     raise InputError(
         f"--budget {b.wanted} cannot be met to within a unit: {has} no more than {cost // b.scale:,} "
-        f"{KINDS[b.wanted.kind]}; the nearest is {less}{b.said(cost, less=bool(less))}"
+        f"{b.wanted.counts}; the nearest is {less}{b.said(cost, less=bool(less))}"
     )
 
 
@@ -194,7 +193,7 @@ def _by(policy: Policy) -> str:
 
 
 def _nearest(b: Bound, least: int) -> str:
-    what = KINDS[b.wanted.kind]
+    what = b.wanted.counts
     return f"the least is {ceil(least / b.scale):,} of {b.dense // b.scale:,} {what}; the nearest is {b.said(least)}"
 
 

@@ -328,10 +328,11 @@ def _check_shapes(skeleton: nn.Module, description: Description, plan: Plan) -> 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters, tied ones once, then the buffers that checkpoints hold."""
     yield from ((name, weight_of(model, name)) for name, _ in model.named_parameters())
-    yield from _buffers(model)
+    yield from buffers(model)
 
 
-def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What checkpoints hold beside parameters: routers' biases."""
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     yield from ((name, tensor) for name, tensor in model.state_dict().items() if name not in parameters)
 
@@ -350,7 +351,7 @@ def _write_weights(
     model: PreTrainedModel, description: Description, plan: Plan, folder: Path, max_shard_size: int | str, dtype: Any
 ) -> None:
     """Safetensors files, each written when its last tensor has been cut."""
-    on_meta = ((name, parameter.to("meta")) for name, parameter in [*model.named_parameters(), *_buffers(model)])
+    on_meta = ((name, parameter.to("meta")) for name, parameter in [*model.named_parameters(), *buffers(model)])
     shards = split_torch_state_dict_into_shards(
         dict(as_shipped(model, sliced(on_meta, description, plan, dtype))),
         filename_pattern="model{suffix}.safetensors",

@@ -11,6 +11,8 @@ import torch
 
 from secateur.budget import Budget, largest_that_fits, make_budget, ranked
 from secateur.config import Scope, tie_of
+from secateur.costs import Bound, bounds_of
+from secateur.export import buffers
 from secateur.files import InputError
 from secateur.gates import Gates, save_gates
 from secateur.importance import ONE_SHOT
@@ -18,17 +20,31 @@ from secateur.learn import LearningDiverged, learn
 from secateur.policy import policy_of
 from secateur.run import recorded
 from secateur.session import Session
+from secateur.wanted import Wanted, read_budgets
 
 
 def budget_of(session: Session, shape: str | None = None, scope: Scope | None = None) -> Budget:
     """What the gates of a run are held to, for its own shape and scope or others. Raises InputError where shape and
-    sparsity are not possible."""
+    sparsity or budgets are not possible."""
     c, description = session.config, session.loaded.description
     shape, scope = shape or c.shape, scope or c.per
     assert scope is not None
     description.check_shape(shape)
     tie, policy = tie_of(c.method, shape), policy_of(shape)
-    return make_budget(description.groups, description.shapes, c.sparsity, scope, tie, policy)
+    sparsity = 0.0 if c.sparsity is None else c.sparsity
+    bounds = asked_of(session, scope == "kind")
+    return make_budget(description.groups, description.shapes, sparsity, scope, tie, policy, bounds)
+
+
+def asked_of(session: Session, by_kind: bool = False) -> tuple[Bound, ...]:
+    """The budgets of a run, exactly; none where there is a sparsity alone."""
+    c, loaded = session.config, session.loaded
+    if not c.budget:
+        return ()
+    units = [] if c.sparsity is None else [Wanted("units", share=round(1.0 - c.sparsity, 12))]
+    buffer_bytes = sum(tensor.numel() * tensor.element_size() for _, tensor in buffers(loaded.model))
+    wanted = [*units, *read_budgets(c.budget)]
+    return bounds_of(loaded.description, wanted, loaded.checkpoint_dtype.itemsize, buffer_bytes, by_kind)
 
 
 def find_gates(session: Session) -> Gates:
@@ -41,6 +57,7 @@ def find_gates(session: Session) -> Gates:
         "method": c.method,
         "model": c.model,
         "sparsity": c.sparsity,
+        **({"budget": list(c.budget)} if c.budget else {}),
         "per": c.per,
         "data": blocks.about,
         "tokens": (c.scored_rows if c.method in ONE_SHOT else c.steps * c.batch_size) * c.seq_len,

@@ -46,6 +46,7 @@ def lagrangian(
     lambda1_C: torch.Tensor,
     lambda2_C: torch.Tensor,
     lambda3_C: torch.Tensor,
+    *,
     at_most: bool = False,
 ) -> torch.Tensor:
     """λ₁(s̄ − ρ) + λ₂(s̄ − ρ)² + λ₃ mean(s(1 − s)), summed over constraints. Method §3, objective.

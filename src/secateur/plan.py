@@ -71,7 +71,7 @@ class Rounding:
     """What it took to meet the budget exactly. Shares are of all parameters that belong to units."""
 
     allowed: float
-    """Share that the budget lets stay."""
+    """Share that the budget lets stay; where budgets count otherwise, the share kept."""
     open_gates: float
     """Share whose gates were open as learned."""
     kept: float
@@ -86,6 +86,8 @@ class Rounding:
     """Loss on held-out text with the gates as learned, nats a token."""
     held_out_planned: float
     """The same with the plan."""
+    budgets: tuple[dict[str, Any], ...] = ()
+    """Of each `--budget` its words, what it bounds, the bound, and what the unpruned and the planned model have."""
 
     @property
     def cost(self) -> float:
@@ -113,9 +115,10 @@ def make_plan(
     masks, values = by_group(kept_N, gates.groups), by_group(scale_N, gates.groups)
     kept = {name: mask.nonzero().flatten() for name, mask in masks.items()}
     plan = Plan(kept, {name: values[name][index] for name, index in kept.items()}, shape, gates.means)
-    allowed = limits.allowed_C.sum() / limits.params_N.sum()
+    kept_share = limits.share_of(kept_N)
+    allowed = kept_share if limits.bounds else float(limits.allowed_C.sum() / limits.params_N.sum())
     rounding = Rounding(
-        float(allowed), limits.share_of(open_N), limits.share_of(kept_N), int((open_N & ~kept_N).sum()),
+        allowed, limits.share_of(open_N), kept_share, int((open_N & ~kept_N).sum()),
         int(reopened_N.sum()), scale, learned, planned,
     )  # fmt: skip
     return plan, rounding
@@ -145,7 +148,7 @@ def load_plan(path: Path, groups: Sequence[Group], architecture: str) -> tuple[P
     try:
         kept = {g.name: torch.tensor(values["kept"][g.name], dtype=torch.int64) for g in groups}
         scales = {g.name: torch.tensor(values["scales"][g.name], dtype=torch.float32) for g in groups}
-        rounding = Rounding(**values["rounding"])
+        rounding = Rounding(**values["rounding"] | {"budgets": tuple(values["rounding"].get("budgets", ()))})
         shape = str(policy_of(str(values["shape"])))
     except (KeyError, TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise InputError(f"{path} is not a valid plan ({error!r}); run `secateur plan RUN` again") from None

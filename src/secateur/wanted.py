@@ -38,6 +38,11 @@ class Wanted:
         """The words, as config.yaml has them."""
         return f"{self.kind}={self.figure if self.share is None else f'{self.share:g}'}"
 
+    @property
+    def counts(self) -> str:
+        """What it counts, in words."""
+        return KINDS[self.kind]
+
     def most(self, dense: Fraction) -> int:
         """The most that may be left of `dense`, in whole numbers."""
         if self.figure is not None:
@@ -62,6 +67,24 @@ def read_budgets(words: Iterable[str]) -> tuple[Wanted, ...]:
             raise InputError(f"--budget {found[wanted.kind]} contradicts --budget {wanted}: say {wanted.kind} once")
         found[wanted.kind] = wanted
     return tuple(found.values())
+
+
+def what_is_asked(sparsity: float | None, words: Iterable[str]) -> tuple[float | None, tuple[str, ...]]:
+    """`--sparsity` and `--budget`, checked and in their plainest form: a share of the units becomes a sparsity.
+
+    Raises InputError where nothing is asked for, or the same twice.
+    """
+    if sparsity is None and not words:
+        raise InputError("sparsity: say what to remove, e.g. --sparsity 0.2, or what to keep, e.g. --budget params=0.8")
+    if sparsity is not None and not 0 < sparsity < 1:
+        raise InputError(f"--sparsity must lie between 0 and 1, not {sparsity}: it is the share to remove")
+    wanted = read_budgets(words)
+    units = next((each for each in wanted if each.kind == "units"), None)
+    if sparsity is not None and units is not None:
+        raise InputError(f"--sparsity {sparsity:g} contradicts --budget {units}: both are of the units' parameters")
+    if units is not None and units.share is not None:
+        return round(1.0 - units.share, 12), tuple(str(each) for each in wanted if each is not units)
+    return sparsity, tuple(map(str, wanted))
 
 
 def _read(word: str) -> Wanted:
