@@ -337,7 +337,8 @@ def _parse(name: str, arguments: Sequence[str]) -> Any:
     default = _defaults(arguments) if kind is Prune else None
     if default is None:
         return tyro.cli(kind, args=arguments, prog=f"secateur {name}")
-    options = tyro.cli(kind, args=arguments, prog=f"secateur {name}", default=replace(default))
+    options = tyro.cli(kind, args=arguments, prog=f"secateur {name}", default=replace(default, budget=()))
+    options.budget = options.budget or default.budget
     if any(getattr(options, f) != getattr(default, f) for f in LEARNING_FIELDS):
         options.learning = None
     scoped = ("shape", "recipe", "method")

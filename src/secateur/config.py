@@ -150,7 +150,7 @@ class Config:
     """Local folder, hub id, or GGUF file of a causal language model."""
     sparsity: float | None = None
     """Share of the parameters that belong to units (heads, channels; see `--units`) to remove, between 0 and 1."""
-    budget: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KIND=VALUE")] = ()
+    budget: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="KIND=VALUE")] = ()
     """What may be left, at most: a share of what the unpruned model has (`params=0.7`), or a figure (`params=90M`,
     `bytes=200MB`). Kinds: `units`, the parameters in units (units=0.7 is --sparsity 0.3); `params`, those that a token
     meets: of a mixture's experts as many as it is routed to; `total-params`, all that are stored, tied ones once;
@@ -268,9 +268,7 @@ class Config:
         if self.per == "kind" and self.sparsity is None and not any(w.startswith("units") for w in self.budget):
             raise InputError("--per kind divides a budget of units, so it needs --sparsity; leave it out")
         if self.method == "flap" and (said := [w for w in self.budget if w.startswith(("params", "total", "bytes"))]):
-            raise InputError(
-                f"--method flap adds biases, which --budget {said[0]} does not count; use units, flops or kv"
-            )
+            raise InputError(f"--method flap adds biases, which --budget {said[0]} does not count; use flops or kv")
         for name in ("steps", "batch_size", "epochs", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")

@@ -20,7 +20,7 @@ from secateur.learn import LearningDiverged, learn
 from secateur.policy import policy_of
 from secateur.run import recorded
 from secateur.session import Session
-from secateur.wanted import Wanted, read_budgets
+from secateur.wanted import read_budgets
 
 
 def budget_of(session: Session, shape: str | None = None, scope: Scope | None = None) -> Budget:
@@ -41,10 +41,11 @@ def asked_of(session: Session, by_kind: bool = False) -> tuple[Bound, ...]:
     c, loaded = session.config, session.loaded
     if not c.budget:
         return ()
-    units = [] if c.sparsity is None else [Wanted("units", share=round(1.0 - c.sparsity, 12))]
+    units = [] if c.sparsity is None else [f"units={1.0 - c.sparsity:.12f}".rstrip("0")]
     buffer_bytes = sum(tensor.numel() * tensor.element_size() for _, tensor in buffers(loaded.model))
-    wanted = [*units, *read_budgets(c.budget)]
-    return bounds_of(loaded.description, wanted, loaded.checkpoint_dtype.itemsize, buffer_bytes, by_kind)
+    return bounds_of(
+        loaded.description, read_budgets((*units, *c.budget)), loaded.checkpoint_dtype.itemsize, buffer_bytes, by_kind
+    )
 
 
 def find_gates(session: Session) -> Gates:

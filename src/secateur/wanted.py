@@ -31,12 +31,14 @@ class Wanted:
     """One budget: at most a share of what the unpruned model has, or at most a figure."""
 
     kind: str
-    share: float | None = None
-    figure: int | None = None
+    value: str
+    """As it was said."""
+    share: Fraction | None
+    figure: int | None
 
     def __str__(self) -> str:
-        """The words, as config.yaml has them."""
-        return f"{self.kind}={self.figure if self.share is None else f'{self.share:g}'}"
+        """The words."""
+        return f"{self.kind}={self.value}"
 
     @property
     def counts(self) -> str:
@@ -48,7 +50,7 @@ class Wanted:
         if self.figure is not None:
             return self.figure
         assert self.share is not None
-        return int(Fraction(self.share) * dense + Fraction(1, 10**6))
+        return int(self.share * dense)
 
     def instead(self, figure: int, dense: Fraction, less: bool = False) -> str:
         """Words, in the form of these, for a budget that allows `figure` of `dense`; with `less`, no more than it."""
@@ -83,7 +85,7 @@ def what_is_asked(sparsity: float | None, words: Iterable[str]) -> tuple[float |
     if sparsity is not None and units is not None:
         raise InputError(f"--sparsity {sparsity:g} contradicts --budget {units}: both are of the units' parameters")
     if units is not None and units.share is not None:
-        return round(1.0 - units.share, 12), tuple(str(each) for each in wanted if each is not units)
+        return float(1 - units.share), tuple(str(each) for each in wanted if each is not units)
     return sparsity, tuple(map(str, wanted))
 
 
@@ -98,10 +100,10 @@ def _read(word: str) -> Wanted:
         raise InputError(f"--budget {word}: {value!r} is neither a share such as 0.7 nor a figure such as {example}")
     number = Fraction(found[1]) * factor
     if not found[2] and 0 < number < 1:
-        return Wanted(kind, share=float(found[1]))
+        return Wanted(kind, value, number, None)
     if number <= 1:
         raise InputError(f"--budget {word}: a share to keep lies between 0 and 1, a figure above 1")
-    return Wanted(kind, figure=int(number))
+    return Wanted(kind, value, None, int(number))
 
 
 def _factor(kind: str, suffix: str) -> int | None:
