@@ -225,6 +225,11 @@ def _equal(groups: Sequence[Group], bounds: Sequence[Bound], policy: Policy) -> 
 
     least = {kind: widths[0] for kind, widths in free.items()}
     for b in bounds:
+        if b.cost(stored(least)) == b.dense:
+            raise InputError(
+                f"--budget {b.wanted} cannot be met by equal widths, which leave all {b.wanted.counts}: they go with "
+                "whole layers only; leave it out, or use --shape ragged and --per model"
+            )
         if b.cost(stored(least)) > b.allowed:
             raise InputError(f"--budget {b.wanted} cannot be met by equal widths: {_nearest(b, b.cost(stored(least)))}")
     most = {kind: widths[-1] for kind, widths in free.items()}
