@@ -94,7 +94,9 @@ def stored(folder):
 def counted(folder):
     """Figures of an exported checkpoint by the names that transformers gives to weights."""
     config, tensors = json.loads((folder / "config.json").read_text()), stored(folder)
-    experts = config.get("num_experts") or config.get("n_routed_experts") or 1
+    experts = next(
+        (config[key] for key in ("num_experts", "num_local_experts", "n_routed_experts") if key in config), 1
+    )
     met = config.get("num_experts_per_tok", 1) / experts
     sizes = {n: math.prod(shape) * (met if ".mlp.experts." in n else 1) for n, (shape, _) in tensors.items()}
     parameters = {n for n in tensors if not n.endswith("e_score_correction_bias")}
