@@ -203,9 +203,6 @@ class Optimiser:
             dual.grad = dual_grad
             group["lr"] = base * rate if self.recipe.adam_duals else base
         self.ascent.step()
-        if several:
-            with torch.no_grad():
-                self.duals[0].clamp_(min=0.0)
         if not self.recipe.adam_duals:
             budget_M = budget_M * self._unit(grad_N)[limits.constraint_M]
         return limits.gathered(budget_M)
