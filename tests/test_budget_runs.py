@@ -167,7 +167,8 @@ def test_a_budget_is_the_models_unless_widths_are_equal(settings, per):
     [
         ({}, "say what to remove, e.g. --sparsity 0.2, or what to keep, e.g. --budget params=0.8"),
         ({"sparsity": 0.3, "budget": ("units=0.6",)}, "--sparsity 0.3 contradicts --budget units=0.6"),
-        ({"per": "kind", "budget": ("kv=0.5",)}, "--per kind divides a budget of units"),
+        ({"per": "kind", "budget": ("kv=0.5",)}, "--per kind asks for the same share of every kind"),
+        ({"per": "kind", "budget": ("units=9M", "kv=0.5")}, "so it needs --sparsity"),
         ({"method": "flap", "budget": ("bytes=9MB",)}, "--method flap adds biases, which --budget bytes=9MB"),
     ],
 )

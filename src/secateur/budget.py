@@ -236,9 +236,8 @@ def largest_that_fits(rank_N: torch.Tensor, limits: Budget) -> torch.Tensor:
     for rows in range(len(limits.rows)):  # a short row's mean may be rounded above that of the row before it
         rank_O[chain_O == rows] = rank_O[chain_O == rows].cummin(0).values
     if limits.bounds:
-        group_N = limits.group_N.cpu()
-        group_O = torch.zeros(count, dtype=torch.int64).index_copy(0, owner_M, group_N[has_N])
-        kept_O = fitting(rank_O, group_O, _ladders(has_N, limits), limits.bounds)
+        group_O = torch.zeros(count, dtype=torch.int64).index_copy(0, owner_M, limits.group_N.cpu()[has_N])
+        kept_O = fitting(rank_O, group_O, _chains(has_N, limits), limits.bounds)
     else:
         kept_O = _fitting(rank_O, params_O, constraint_O, limits.allowed_C, chain_O)
     return (kept_O[owner_N] & has_N).to(device)
@@ -268,12 +267,13 @@ def _fitting(
     return kept_N
 
 
-def _ladders(has_N: torch.Tensor, limits: Budget) -> list[torch.Tensor]:
-    """Of each group, the units stored with nothing kept of it, with the first item, and so on. `has_N` masks the units
-    that may be kept."""
+def _chains(has_N: torch.Tensor, limits: Budget) -> list[dict[int, torch.Tensor]]:
+    """The chains that `fitting` takes items from, one for each group: the units that are stored with nothing kept of
+    it, with the first item, and so on. `has_N` masks the units that may be kept."""
     rows_at = {rows.where.start: rows for rows in limits.rows}
-    ladders, start = [], 0
-    for g, has_U in zip(limits.groups, has_N.split([g.units for g in limits.groups]), strict=True):
+    chains, start = [], 0
+    for number, g in enumerate(limits.groups):
+        has_U = has_N[start : start + g.units]
         rows, living = rows_at.get(start), int(g.by_expert(has_U).any(-1).sum()) if g.experts else 1
         start += g.units
         if rows is None:
@@ -282,8 +282,8 @@ def _ladders(has_N: torch.Tensor, limits: Budget) -> list[torch.Tensor]:
             steps = [g.width * max(FEWEST_EXPERTS, n) for n in range(1, g.experts + 1)]
         else:
             steps = [width * (max(FEWEST_EXPERTS, living) if g.experts else 1) for width in rows.widths]
-        ladders.append(torch.tensor([stored_when_empty(g, limits.policy), *steps]))
-    return ladders
+        chains.append({number: torch.tensor([stored_when_empty(g, limits.policy), *steps])})
+    return chains
 
 
 def _tied(rank_N: torch.Tensor, limits: Budget) -> tuple[torch.Tensor, torch.Tensor]:

@@ -265,8 +265,8 @@ class Config:
     def __post_init__(self) -> None:
         """Raises InputError for settings that are out of range or contradict each other."""
         self.sparsity, self.budget = what_is_asked(self.sparsity, self.budget)
-        if self.per == "kind" and self.sparsity is None and not any(w.startswith("units") for w in self.budget):
-            raise InputError("--per kind divides a budget of units, so it needs --sparsity; leave it out")
+        if self.per == "kind" and self.sparsity is None:
+            raise InputError("--per kind asks for the same share of every kind, so it needs --sparsity; leave it out")
         if self.method == "flap" and (said := [w for w in self.budget if w.startswith(("params", "total", "bytes"))]):
             raise InputError(f"--method flap adds biases, which --budget {said[0]} does not count; use flops or kv")
         for name in ("steps", "batch_size", "epochs", "checkpoint_every"):

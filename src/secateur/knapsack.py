@@ -1,12 +1,13 @@
 """The kept set under several budgets at once: by falling rank what fits all of them, until nothing more fits.
 
-Each group of units is a chain of items, by rank: what the i-th of them costs follows from how many are before it
-(costs.Cost.at), the first one with what opens the sublayer. Prices say how dear a unit is where several budgets bind.
+What is taken of a group of units makes a chain of items, by rank: what the i-th of them costs follows from how many are
+before it (costs.Cost.at), the first one with what opens the sublayer. Groups whose units go together may share a chain.
+Prices say how dear a unit is where several budgets bind.
 
-Shape suffixes: N units of the whole model, O items, C constraints, G groups, W waiting items.
+Shape suffixes: N units of the whole model, O items, C constraints, H chains, W waiting items, I items of a chain.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -17,25 +18,28 @@ ROUNDS = 200
 
 
 def fitting(
-    rank_O: torch.Tensor, group_O: torch.Tensor, ladders: Sequence[torch.Tensor], bounds: Sequence[Bound]
+    rank_O: torch.Tensor, chain_O: torch.Tensor, chains: Sequence[Mapping[int, torch.Tensor]], bounds: Sequence[Bound]
 ) -> torch.Tensor:
-    """By falling rank what fits all bounds, a mask of shape (O,); of a group, nothing after what does not.
+    """By falling rank what fits all bounds, a mask of shape (O,); of a chain, nothing after what does not.
 
-    ladders: of each group, the units stored with none of its items, with the first one, and so on.
+    chains: group → its units that are stored with no item of the chain, with the first one, and so on.
     """
     order_O = rank_O.argsort(descending=True, stable=True)
     cost_OC = torch.zeros(len(rank_O), len(bounds), dtype=torch.int64)
-    by_group = order_O[group_O[order_O].argsort(stable=True)]
-    for g, items in enumerate(by_group.split(torch.bincount(group_O, minlength=len(ladders)).tolist())):
-        stored = ladders[g][: len(items) + 1]
-        cost_OC[items] = torch.stack([b.costs[g].at(stored) for b in bounds], dim=1).diff(dim=0)
-    empty = [int(ladder[0]) for ladder in ladders]
-    room_C = torch.tensor([b.allowed - b.cost(empty) for b in bounds])
-    admitted_G = _admitted(rank_O, group_O, len(ladders), bounds, room_C)
-    waiting = order_O[admitted_G[group_O[order_O]].logical_not().byte().argsort(stable=True)]
+    opening_HC = torch.zeros(len(chains), len(bounds), dtype=torch.int64)
+    room_C = torch.tensor([b.allowed - b.fixed for b in bounds])
+    by_chain = order_O[chain_O[order_O].argsort(stable=True)]
+    for h, items in enumerate(by_chain.split(torch.bincount(chain_O, minlength=len(chains)).tolist())):
+        for g, stored_I in chains[h].items():
+            cost_IC = torch.stack([b.costs[g].at(stored_I) for b in bounds], dim=1)
+            cost_OC[items] += cost_IC.diff(dim=0)[: len(items)]
+            opening_HC[h] += torch.tensor([b.costs[g].opening for b in bounds])
+            room_C -= cost_IC[0]
+    admitted_H = _admitted(rank_O, chain_O, opening_HC, room_C)
+    waiting = order_O[admitted_H[chain_O[order_O]].logical_not().byte().argsort(stable=True)]
     kept_O = torch.zeros(len(rank_O), dtype=torch.bool)
     while len(waiting):
-        waiting = waiting[in_turn((cost_OC[waiting] <= room_C).all(1), group_O[waiting])]
+        waiting = waiting[in_turn((cost_OC[waiting] <= room_C).all(1), chain_O[waiting])]
         taken = (cost_OC[waiting].cumsum(0) <= room_C).all(1)
         kept_O[waiting[taken]] = True
         room_C -= cost_OC[waiting[taken]].sum(0)
@@ -44,23 +48,22 @@ def fitting(
 
 
 def _admitted(
-    rank_O: torch.Tensor, group_O: torch.Tensor, groups: int, bounds: Sequence[Bound], room_C: torch.Tensor
+    rank_O: torch.Tensor, chain_O: torch.Tensor, opening_HC: torch.Tensor, room_C: torch.Tensor
 ) -> torch.Tensor:
-    """Groups that may open first, a mask of shape (G,): where there is no room for all of them to open, those of the
+    """Chains that may begin first, a mask of shape (H,): where there is no room for all of them to open, those of the
     highest mean rank, for a sublayer that opens for its best unit alone would keep out one that is good throughout."""
-    opening_GC = torch.tensor([[b.costs[g].opening for b in bounds] for g in range(groups)])
-    short_C = opening_GC.sum(0) > room_C
-    admitted_G = torch.ones(groups, dtype=torch.bool)
+    short_C = opening_HC.sum(0) > room_C
+    admitted_H = torch.ones(len(opening_HC), dtype=torch.bool)
     if not short_C.any():
-        return admitted_G
-    sum_G = torch.zeros(groups).index_add(0, group_O, rank_O.float())
-    mean_G = sum_G / torch.bincount(group_O, minlength=groups).clamp(min=1)
+        return admitted_H
+    sum_H = torch.zeros(len(opening_HC)).index_add(0, chain_O, rank_O.float())
+    mean_H = sum_H / torch.bincount(chain_O, minlength=len(opening_HC)).clamp(min=1)
     left_C = room_C.clone()
-    for g in mean_G.argsort(descending=True, stable=True).tolist():
-        after_C = left_C - opening_GC[g]
-        admitted_G[g] = bool((after_C >= 0)[short_C].all())
-        left_C = after_C if admitted_G[g] else left_C
-    return admitted_G
+    for h in mean_H.argsort(descending=True, stable=True).tolist():
+        after_C = left_C - opening_HC[h]
+        admitted_H[h] = bool((after_C >= 0)[short_C].all())
+        left_C = after_C if admitted_H[h] else left_C
+    return admitted_H
 
 
 def in_turn(fits_W: torch.Tensor, chain_W: torch.Tensor) -> torch.Tensor:
