@@ -15,7 +15,8 @@ import torch
 from secateur.config import Tie
 from secateur.describe import Description
 from secateur.files import InputError
-from secateur.policy import RAGGED, Policy, nearest, permitted
+from secateur.nested import Pair, path
+from secateur.policy import RAGGED, Policy, nearest, permitted, permitted_pairs
 from secateur.units import Group, Shapes, Size, sliced_shapes, unit_params, whole
 
 
@@ -24,15 +25,17 @@ class Rows:
     """A group whose units go together in rows, by their rank: a kept set then has one of a few widths.
 
     The first row holds the best units, as many as the least width, the next one those up to the next width, and so on;
-    of experts, as many of each. A row stays only if the rows before it do.
+    of experts, or of the query heads of each KV head, as many of each. A row stays only if the rows before it do.
     """
 
     where: slice
     """The group's units among all."""
     widths: tuple[int, ...]
-    """What the group, or each of its experts, may be wide, rising; units beyond the last are never kept."""
-    experts: int = 0
-    """How many experts the units are those of; 0: none."""
+    """What the group, or each of its parts, may be wide, rising; units beyond the last are never kept."""
+    parts: int = 1
+    """How many experts, or KV heads, the units are those of."""
+    experts: bool = False
+    """Whether they are those of experts."""
     can_go: bool = False
     """Whether experts without a unit of rank above 0 go whole, and not by rows."""
 
@@ -55,6 +58,8 @@ class Budget:
     """The shape that `rows` follow from."""
     rows: tuple[Rows, ...] = ()
     """Groups whose units go together."""
+    pairs: tuple[Pair, ...] = ()
+    """Groups of KV heads and of query heads that go together."""
 
     def __post_init__(self) -> None:
         total_C = torch.zeros_like(self.allowed_C).index_add(0, self.constraint_N, self.params_N)
@@ -107,22 +112,30 @@ def make_budget(
     if not policy.free and (reason := wrong(policy)):
         instead = nearest(policy, lambda shape: all(permitted(g, shape) for g in groups) and not wrong(shape), groups)
         raise InputError(f"{reason}; {instead}" if instead else reason)
+    if any(g.keys for g in groups) and scope in ("layer", "expert"):
+        raise InputError("--attention-unit nested leaves layers of different widths; use kv-groups or heads")
     widths = _equal_or_checked(groups, params, sparsity, scope, tie, policy)
     equal = scope in ("layer", "expert")
     allowed: dict[str, int] = {}
     numbers: dict[str, int] = {}
     constraints, start = [], 0
     rows: list[Rows] = []
+    pairs: list[Pair] = []
+    where: dict[str, slice] = {}
     for g in groups:
-        free = policy.free and not g.experts
-        if not free and not (g.experts and (tie is None or scope == "expert")):
-            where = slice(start, start + g.units)
-            rows.append(Rows(where, permitted(g, policy), g.experts, bool(g.experts) and not g.shared))
+        where[g.name] = slice(start, start + g.units)
+        free = policy.free and g.parts == 1
+        if g.keys:
+            pairs.append(Pair(where[g.keys], where[g.name], permitted_pairs(g, policy)))
+        elif g.writes and not free and not (g.experts and (tie is None or scope == "expert")):
+            can_go = bool(g.experts) and not g.shared
+            rows.append(Rows(where[g.name], permitted(g, policy), g.parts, bool(g.experts), can_go))
         start += g.units
         parts = g.experts if scope == "expert" and g.experts else 1
         for part in range(parts):
-            name = {"model": "all units", "kind": g.kind}.get(scope, f"{g.name}.{part}" if parts > 1 else g.name)
-            units = widths.get(g.name, g.width) * (g.experts or 1) // parts
+            kind = g.kind if g.writes else "heads"  # nested KV heads and query heads are one constraint
+            name = {"model": "all units", "kind": kind}.get(scope, f"{g.name}.{part}" if parts > 1 else g.name)
+            units = widths.get(g.name, g.width) * g.parts // parts
             allowed[name] = allowed.get(name, 0) + units * params[g.name]
             constraints.append(torch.full((g.units // parts,), numbers.setdefault(name, len(numbers))))
     if not equal:
@@ -136,6 +149,7 @@ def make_budget(
         tie if mixed and scope != "expert" else None,
         policy,
         tuple(rows),
+        tuple(pairs),
     )
 
 
@@ -149,25 +163,24 @@ def everything(groups: Sequence[Group]) -> Budget:
 def largest_that_fits(rank_N: torch.Tensor, limits: Budget) -> torch.Tensor:
     """The kept set, a mask of shape (N,): units by falling rank as long as they fit, then smaller ones that do.
 
-    Where units go together, by their mean rank: ranks stand for what a parameter is worth, and the units of a group
-    are of one size, so a row is worth the mean of its units.
+    Where units go together, by their mean rank, weighted by parameters: ranks stand for what a parameter is worth.
     """
     rank_N, device = rank_N.detach().cpu(), rank_N.device
     params_N, constraint_N = limits.params_N.cpu(), limits.constraint_N.cpu()
-    if not limits.rows:
+    if not (limits.rows or limits.pairs):
         return _fitting(rank_N, params_N, constraint_N, limits.allowed_C).to(device)
     owner_N, chain_N = _tied(rank_N, limits)
     has_N = owner_N >= 0
     if not has_N.any():
         return torch.zeros(len(rank_N), dtype=torch.bool, device=device)
     owner_M, count = owner_N[has_N], int(owner_N.max()) + 1
-    size_O = torch.zeros(count).index_add(0, owner_M, torch.ones(len(owner_M)))
-    rank_O = torch.zeros(count).index_add(0, owner_M, rank_N[has_N].float()) / size_O
     params_O = torch.zeros(count, dtype=torch.int64).index_add(0, owner_M, params_N[has_N])
+    worth_O = torch.zeros(count, dtype=torch.float64).index_add(0, owner_M, rank_N[has_N].double() * params_N[has_N])
+    rank_O = (worth_O / params_O).float()
     constraint_O = torch.zeros(count, dtype=torch.int64).index_copy(0, owner_M, constraint_N[has_N])
     chain_O = torch.zeros(count, dtype=torch.int64).index_copy(0, owner_M, chain_N[has_N])
-    for rows in range(len(limits.rows)):  # a short row's mean may be rounded above that of the row before it
-        rank_O[chain_O == rows] = rank_O[chain_O == rows].cummin(0).values
+    for chain in range(len(limits.rows) + len(limits.pairs)):  # a short row's mean may be rounded up
+        rank_O[chain_O == chain] = rank_O[chain_O == chain].cummin(0).values
     kept_O = _fitting(rank_O, params_O, constraint_O, limits.allowed_C, chain_O)
     return (kept_O[owner_N] & has_N).to(device)
 
@@ -208,13 +221,13 @@ def _tied(rank_N: torch.Tensor, limits: Budget) -> tuple[torch.Tensor, torch.Ten
     """The number of what each unit belongs to, shape (N,): itself, an expert, or a row (of its layer's experts: of all
     of them). −1 for units that cannot stay: those beyond the last width, and experts that go whole.
 
-    And the number of the `Rows` it is in, −1 where it is in none.
+    And the number of the `Rows` or `Pair` it is in, −1 where it is in none.
     """
     owner_N, chain_N = torch.arange(len(rank_N)), torch.full((len(rank_N),), -1)
     for number, rows in enumerate(limits.rows):
-        rank_EC = rank_N[rows.where].unflatten(0, (rows.experts or 1, -1))
+        rank_EC = rank_N[rows.where].unflatten(0, (rows.parts, -1))
         if rows.experts and limits.tie == "experts":
-            first_E = owner_N[rows.where].unflatten(0, (rows.experts, -1))[:, :1]
+            first_E = owner_N[rows.where].unflatten(0, (rows.parts, -1))[:, :1]
             owner_N[rows.where] = first_E.expand_as(rank_EC).flatten()
             continue
         place_EC = rank_EC.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
@@ -222,6 +235,13 @@ def _tied(rank_N: torch.Tensor, limits: Budget) -> tuple[torch.Tensor, torch.Ten
         stays_EC = (row_EC < len(rows.widths)) & ((rank_EC > 0).any(1, keepdim=True) | (not rows.can_go))
         owner_N[rows.where] = torch.where(stays_EC, rows.where.start + row_EC, -1).flatten()
         chain_N[rows.where] = number
+    for number, pair in enumerate(limits.pairs, len(limits.rows)):
+        rank_K = rank_N[pair.keys]
+        cost = int(limits.params_N[pair.keys.start]), int(limits.params_N[pair.heads.start])
+        steps = path(rank_K, rank_N[pair.heads].unflatten(0, (len(rank_K), -1)), cost, pair.permitted)
+        for at, step in ((pair.keys, steps.keys_K), (pair.heads, steps.heads_KQ.flatten())):
+            owner_N[at] = torch.where(step >= 0, pair.keys.start + step, -1)
+            chain_N[at] = number
     numbers, compact_N = owner_N.unique(return_inverse=True)
     return compact_N - int(numbers[0] < 0), chain_N
 
@@ -268,7 +288,7 @@ def _check_reach(
     too much of it, or the narrowest is already too wide."""
     for kind in dict.fromkeys(g.kind for g in groups) if scope == "kind" else [None]:
         within = [g for g in groups if kind in (None, g.kind)]
-        each = {g.name: params[g.name] * (g.experts or 1) for g in within}
+        each = {g.name: params[g.name] * g.parts for g in within}
         least = min(each[g.name] * permitted(g, policy)[0] for g in within)
         most = sum(each[g.name] * permitted(g, policy)[-1] for g in within)
         total = sum(each[g.name] * g.width for g in within)
@@ -297,7 +317,7 @@ def _equal_widths(
     """
     kinds = dict.fromkeys(g.kind for g in groups)
     for kind in kinds:
-        if len({(g.width, g.experts) for g in groups if g.kind == kind}) > 1:
+        if len({(g.width, g.parts) for g in groups if g.kind == kind}) > 1:
             raise InputError(f"the layers differ in their number of {kind}, so equal widths are not possible")
     last = next((k for k in ("expert_channels", "channels") if k in kinds), [*kinds][-1])
     filler = next(g for g in groups if g.kind == last)
@@ -308,8 +328,8 @@ def _equal_widths(
         if g.kind != last and g.kind not in tied:
             near = round(g.width * (1.0 - sparsity))
             kept.setdefault(g.kind, min(permitted(g, policy), key=lambda width: abs(width - near)) if near else 0)
-            allowed -= float(kept[g.kind] * params[g.name])
-    a_unit: float = sum((g.experts or 1) * params[g.name] for g in groups if g.kind == last)
+            allowed -= float(kept[g.kind] * g.parts * params[g.name])
+    a_unit: float = sum(g.parts * params[g.name] for g in groups if g.kind == last)
     a_unit += sum(tied[g.kind] * params[g.name] for g in groups if g.kind in tied)
     kept[last] = min(filler.width, floor(allowed / a_unit + 1e-9))
     if tie != "experts" or not filler.experts:

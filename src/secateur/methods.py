@@ -28,7 +28,8 @@ def budget_of(session: Session, shape: str | None = None, scope: Scope | None = 
     assert scope is not None
     description.check_shape(shape)
     tie, policy = tie_of(c.method, shape), policy_of(shape)
-    return make_budget(description.groups, description.shapes, c.sparsity, scope, tie, policy)
+    sparsity = description.sparsity_of_rest(c.sparsity)
+    return make_budget(description.groups, description.shapes, sparsity, scope, tie, policy)
 
 
 def find_gates(session: Session) -> Gates:
