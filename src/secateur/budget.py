@@ -353,7 +353,7 @@ class Figures:
     active_parameters: int
     """Those that a token meets: of a mixture's experts, as many as it is routed to. The same where there are none."""
     block_parameters: int
-    """Parameters that belong to units: what a budget counts."""
+    """Parameters that belong to units, those of `--keep` too: what sparsity is a share of."""
     flops_per_token: int
     """2 × the weights a token is multiplied by, output head included; attention over the context is not counted."""
     kv_bytes_per_token: int
@@ -377,7 +377,8 @@ def figures(
     return Figures(
         parameters=total,
         active_parameters=total - round(idle),
-        block_parameters=sum(sizes[g.name].units * unit_params(g, description.shapes) for g in groups),
+        block_parameters=description.held_parameters
+        + sum(sizes[g.name].units * unit_params(g, description.shapes) for g in groups),
         flops_per_token=round(2 * sum(counts[name] * share for name, share in multiplied.items())),
         kv_bytes_per_token=bytes_per_value * sum(shapes[name][0] for name in description.cached if name in shapes),
     )

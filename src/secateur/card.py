@@ -98,12 +98,13 @@ def arrival(results: Mapping[str, Any]) -> str:
     """How far the learned gates were from the budget before they were held to it, and what that cost."""
     before, after, opened, when = _last_step(results)
     allowed = results["rounding"]["allowed"]
+    units = "units' parameters" + outside(results.get("keep", ()))
     if results.get("method") in ONE_SHOT:
         kept = results["rounding"]["kept"]
-        return f"budget: {allowed:.2%} of the units' parameters may stay, {kept:.2%} do; held-out loss {after:.4f}"
+        return f"budget: {allowed:.2%} of the {units} may stay, {kept:.2%} do; held-out loss {after:.4f}"
     return (
-        f"budget: {allowed:.2%} of the units' parameters may stay, {opened:.2%} were open as learned; holding the "
-        f"gates to it {when} changed the held-out loss from {before:.4f} to {after:.4f} nats a token"
+        f"budget: {allowed:.2%} of the {units} may stay, {opened:.2%} were open as learned; holding the gates to it "
+        f"{when} changed the held-out loss from {before:.4f} to {after:.4f} nats a token"
     )
 
 
@@ -161,6 +162,11 @@ def _last_step(results: Mapping[str, Any]) -> tuple[float, float, float, str]:
     return rounding["held_out_learned"], rounding["held_out_planned"], rounding["open_gates"], "at the end"
 
 
+def outside(keep: Sequence[str]) -> str:
+    """What is not meant where shares are of the units that have gates."""
+    return f" outside {', '.join(keep)}" if keep else ""
+
+
 def _units(kinds: Collection[str]) -> str:
     names = {"heads": "attention heads", "kv_groups": "attention heads", "channels": "MLP channels",
              "expert_channels": "experts' channels", "shared_channels": "shared experts' channels"}  # fmt: skip
@@ -202,7 +208,7 @@ def model_card(
     lines = [
         "---", yaml.safe_dump(header, sort_keys=False).strip(), "---", "",
         f"# {name}, pruned by {config.sparsity:.0%}", "",
-        f"{rounding.kept:.2%} of the parameters in {_units(kinds)} were kept, "
+        f"{rounding.kept:.2%} of the parameters in {_units(kinds)}{outside(config.keep)} were kept, "
         f"{_found(config.method)}. {widths}", "", "```python", "from transformers import AutoModelForCausalLM",
         f'model = AutoModelForCausalLM.from_pretrained("PATH"{code})', "```", "", "## How it was made", "",
         f"- base model: `{name}`; {_weights(config, updates)}",

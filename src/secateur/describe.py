@@ -64,6 +64,11 @@ class Description:
         """Parameters that belong to units: what a sparsity of 1 would remove."""
         return sum(g.units * unit_params(g, self.shapes) for g in self.groups)
 
+    @property
+    def held_parameters(self) -> int:
+        """Parameters of units that stay because of `--keep`."""
+        return sum(g.units * unit_params(g, self.shapes) for g in self.others if g.name in self.kept)
+
     def check_shape(self, shape: str) -> None:
         """Raises InputError where a group can have none of the widths that a shape permits, or a uniform one would cut
         one of two widths that a stock configuration ties: that of shared experts without a key of their own follows
@@ -121,8 +126,7 @@ class Description:
     def sparsity_of_rest(self, sparsity: float) -> float:
         """The share of the units' parameters to remove that is `sparsity` of those of `--keep`, too. Raises InputError
         where that is all of them, or more."""
-        held = sum(g.units * unit_params(g, self.shapes) for g in self.others if g.name in self.kept)
-        free = self.unit_parameters
+        held, free = self.held_parameters, self.unit_parameters
         if sparsity * (free + held) >= free:
             least = floor(1000 * free / (free + held)) / 1000
             raise InputError(
