@@ -18,6 +18,8 @@ from secateur.export import export
 from secateur.files import InputError
 from secateur.gates import Gates, by_group
 from secateur.gguf_file import write_gguf
+from secateur.importance import vectors
+from secateur.learn import unseen
 from secateur.nested import path
 from secateur.plan import Plan, load_plan, make_plan, save_plan
 from secateur.policy import permitted, policy_of
@@ -404,6 +406,29 @@ def test_a_plan_is_read_back_and_one_of_uneven_heads_is_not(unit, llama, tmp_pat
         load_plan(tmp_path / "plan.json", description.groups, "x")
 
 
+def test_a_head_is_scored_by_its_own_weights(llama):
+    description = describe(llama, "heads")
+    group = description.groups[2]
+    assert group.name == "layers.1.heads"
+    queries = vectors(llama.get_parameter("model.layers.1.self_attn.q_proj.weight"), group.slices[0], group)
+    output = vectors(llama.get_parameter("model.layers.1.self_attn.o_proj.weight"), group.slices[1], group)
+    attention = llama.model.layers[1].self_attn
+    for head in range(12):
+        rows = slice(8 * head, 8 * head + 8)
+        assert torch.equal(queries[head], attention.q_proj.weight[rows])
+        assert torch.equal(output[head], attention.o_proj.weight[:, rows].T)
+
+
+def test_experts_that_saw_nothing_are_told_from_heads():
+    groups = describe(tiny("qwen3_moe", **WIDE | MIXTURE), "heads").groups
+    grad_N = torch.ones(sum(g.units for g in groups))
+    parts = by_group(grad_N, groups)
+    parts["layers.1.heads"][:4] = 0.0
+    parts["layers.1.expert_channels"][:32] = 0.0
+    found = by_group(unseen(grad_N, groups), groups)
+    assert {name: int(mask.sum()) for name, mask in found.items() if mask.any()} == {"layers.1.expert_channels": 32}
+
+
 # --- what stays whole ------------------------------------------------------------------------------------------------
 
 
@@ -535,6 +560,10 @@ BAD = {
     "--keep uniform": ({"keep": "layers.0", "shape": "uniform"}, "so --shape uniform contradicts it"),
     "--keep too far": ({"keep": "layers.7"}, "the model has 3 layers, layers.0 to layers.2"),
     "--keep too much": ({"keep": "layers.0,layers.1", "sparsity": 0.5}, "--sparsity 0.5 asks for more"),
+    "--keep and a shape": (
+        {"keep": "layers.0", "shape": "aligned:48", "sparsity": 0.05},
+        "of all units is 0.075 of what --keep leaves, which this speaks of",
+    ),
     "--only mlp": ({"only": "mlp", "attention_unit": "heads"}, "--units mlp leaves attention whole"),
     "nested, uniform": ({"attention_unit": "nested", "shape": "uniform"}, "use kv-groups or heads"),
     "nested, per layer": ({"attention_unit": "nested", "per": "layer"}, "--per layer wants equal widths"),

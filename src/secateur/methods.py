@@ -29,7 +29,11 @@ def budget_of(session: Session, shape: str | None = None, scope: Scope | None = 
     description.check_shape(shape)
     tie, policy = tie_of(c.method, shape), policy_of(shape)
     sparsity = description.sparsity_of_rest(c.sparsity)
-    return make_budget(description.groups, description.shapes, sparsity, scope, tie, policy)
+    try:
+        return make_budget(description.groups, description.shapes, sparsity, scope, tie, policy)
+    except InputError as error:
+        of = f" (--sparsity {c.sparsity:g} of all units is {sparsity:g} of what --keep leaves, which this speaks of)"
+        raise InputError(f"{error}{of if description.kept else ''}") from None
 
 
 def find_gates(session: Session) -> Gates:

@@ -38,9 +38,8 @@ def kept_words(keep: Collection[str]) -> tuple[str, ...]:
 def check_selection(c: "Config", scored_once: bool) -> None:
     """Raises InputError for choices that contradict each other, or the shape, budget and method."""
     policy = policy_of(c.shape)
-    if c.keep and (policy.uniform or c.per == "expert"):
-        equal = f"--shape {policy}" if policy.uniform else "--per expert"
-        raise InputError(f"--keep leaves layers wider than others, so {equal} contradicts it")
+    if c.keep and policy.uniform:
+        raise InputError(f"--keep leaves layers wider than others, so --shape {policy} contradicts it")
     if c.attention_unit is None:
         return
     if c.units and not {"heads", "attention"} & set(c.units):
