@@ -317,6 +317,26 @@ def test_each_kv_head_keeps_its_own_best(llama):
 
 
 @BOTH
+def test_rows_of_heads_and_channels_go_by_what_a_parameter_is_worth(unit, llama):
+    description = describe(llama, unit)
+    for better in (True, False):
+        rank_N = torch.cat([torch.full((g.units,), 2.0 if g.attends == better else 1.0) for g in description.groups])
+        limits = make_budget(description.groups, description.shapes, 0.3, "model")
+        kept = kept_by(description, limits, rank_N)
+        first = [g for g in description.groups if g.attends == better]
+        assert all(len(kept[g.name]) == g.units for g in first)
+
+
+def test_all_query_heads_of_some_kv_heads_are_a_layer_of_fewer_heads(llama, tmp_path):
+    description = describe(llama, "nested")
+    kept = {g.name: torch.arange(g.units) for g in description.groups}
+    kept |= {"layers.1.kv_groups": torch.tensor([0, 2]), "layers.1.heads": torch.tensor([0, 1, 2, 3, 8, 9, 10, 11])}
+    plan = Plan(kept, {name: torch.ones(len(units)) for name, units in kept.items()})
+    export(llama, None, description, plan, tmp_path / "model")
+    assert head_counts(tmp_path / "model") == said_counts(tmp_path / "model") == [(12, 3), (8, 2), (12, 3)]
+
+
+@BOTH
 def test_a_smaller_budget_keeps_a_subset(unit, llama):
     attention = describe(llama, unit).only(["heads"])
     sizes = []
@@ -363,6 +383,8 @@ def test_a_path_gives_up_a_kv_head_that_is_worth_little_and_query_heads_that_are
     rank_KQ = torch.tensor([[5.0, 4.0, 4.0, 4.0], [0.1, 0.1, 0.1, 0.1], [5.0, 4.0, 4.0, 4.0]])
     keys_K, heads_KQ = path(torch.tensor([5.0, 0.1, 5.0]), rank_KQ, (2, 1), ALL)
     assert keys_K.tolist()[1] == 5 and (heads_KQ[1] == 5).all(), "all else comes first"
+    keys_K, heads_KQ = path(torch.tensor([5.0, 0.1, 5.0]), torch.ones(3, 4), (8, 1), ALL)
+    assert keys_K[1] == keys_K.max() > keys_K[[0, 2]].max(), "by its own worth, too"
     rank_KQ = torch.tensor([[0.1, 5.0, 0.1, 0.1]] * 3)
     keys_K, heads_KQ = path(torch.tensor([5.0, 5.0, 5.0]), rank_KQ, (2, 1), ALL)
     assert keys_K.max() == 2 and heads_KQ[:, 1].max() == 2 and heads_KQ[:, [0, 2, 3]].min() == 3
