@@ -316,6 +316,18 @@ def test_each_kv_head_keeps_its_own_best(llama):
     assert len({len(kept[g.name]) for g in description.groups if g.kv_heads}) > 1, "heads move between layers"
 
 
+@pytest.mark.parametrize("sparsity", [0.2, 0.45, 0.7])
+def test_equal_widths_keep_as_many_query_heads_in_every_layer(sparsity, llama):
+    description = describe(llama, "heads")
+    kept = kept_by(
+        description, make_budget(description.groups, description.shapes, sparsity, "layer"), ranks(description)
+    )
+    assert len({tuple(counts_of(g, kept)) for g in description.groups if g.kv_heads}) == 1
+    allowed = floor((1 - sparsity) * description.unit_parameters)
+    a_channel_in_each_layer = 3 * 3 * 48
+    assert allowed - a_channel_in_each_layer < stored(description, kept) <= allowed
+
+
 @BOTH
 def test_rows_of_heads_and_channels_go_by_what_a_parameter_is_worth(unit, llama):
     description = describe(llama, unit)
