@@ -119,7 +119,7 @@ def steps(description, plan):
     for g in description.groups:
         wider = sizes[g.name].width + (8 if g.experts else 1)
         if sizes[g.name].width < g.width and wider <= g.width:
-            yield {**sizes, g.name: Size(wider, sizes[g.name].experts)}
+            yield {**sizes, g.name: Size(wider, sizes[g.name].parts)}
 
 
 def kinds_of(description, sizes, itemsize, buffers):
@@ -222,7 +222,7 @@ def test_experts_that_are_gone_are_counted_as_they_are_stored(words, living, tmp
         part.unflatten(0, (5, -1))[living:] = -1.0
     plan, _ = make_plan(Gates(z_N, description.groups, {}), limits, "ragged", lambda _: 1.0)
     sizes = plan.sizes(description.groups)
-    assert {s.experts for s in sizes.values() if s.width > 8} == {max(2, living)}
+    assert {s.parts for s in sizes.values() if s.width > 8} == {max(2, living)}
     export(model, None, description, plan, tmp_path / "model")
     found = counted(tmp_path / "model")
     dense = kinds_of(description, None, 4, 0)
@@ -253,6 +253,37 @@ def test_parameters_that_serve_all_units_go_with_the_last_one(tmp_path):
     export(model, None, description, plan, tmp_path / "model")
     assert counted(tmp_path / "model")["kv"] == 2 * (2 * 8 * 4)
     assert sorted(len(plan.kept[f"layers.{n}.heads"]) for n in range(3)) == [0, 6, 6]
+
+
+@pytest.mark.parametrize("words", [("params=0.7",), ("flops=0.8", "kv=0.67"), ("units=0.6", "kv=0.5")], ids="+".join)
+@pytest.mark.parametrize("unit", ["heads", "nested", "kv-groups"])
+@pytest.mark.parametrize("shape", ["ragged", "tp:2"])
+def test_attention_units_keep_every_budget(unit, shape, words, tmp_path):
+    """Single query heads leave the cache of a layer whole or close it; nested ones cost in two groups at once."""
+    model = MODELS["gqa"]()
+    description = describe(model, unit)
+    plan, _ = planned(description, budget(description, *words, shape=shape), shape)
+    export(model, None, description, plan, tmp_path / "model")
+    found, dense = counted(tmp_path / "model"), kinds_of(description, None, 4, 0)
+    found["units"] = kinds_of(description, plan.sizes(description.groups), 4, 0)["units"]
+    assert found | kinds_of(description, plan.sizes(description.groups), 4, 0) == found
+    spent = [found[kind] / (float(share) * dense[kind]) for kind, share in (word.split("=") for word in words)]
+    assert max(spent) <= 1 + 1e-9
+    assert 1 - spent[0] < 0.01 if len(words) == 1 and shape == "ragged" else max(spent) > 0.8
+
+
+def test_what_keep_leaves_whole_is_in_the_figures_that_are_bounded(tmp_path):
+    model = MODELS["gqa"]()
+    description = describe(model).keeping(("layers.0", "layers.2.attention"))
+    dense = kinds_of(describe(model), None, 4, 0)
+    plan, _ = planned(description, budget(description, "units=0.7", "kv=0.8"))
+    export(model, None, description, plan, tmp_path / "model")
+    now = kinds_of(description, plan.sizes(description.groups), 4, 0)
+    assert now["units"] <= 0.7 * dense["units"] and counted(tmp_path / "model")["kv"] == now["kv"] <= 0.8 * dense["kv"]
+    bounds = {"units": 0.7 * dense["units"], "kv": 0.8 * dense["kv"]}
+    for more in steps(description, plan):
+        assert any(kinds_of(description, more, 4, 0)[kind] > most for kind, most in bounds.items())
+    assert "cannot be met" in refused(description, "kv=0.6")  # two of three layers keep their cache
 
 
 # --- shapes ----------------------------------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ from secateur.costs import Bound, stored_when_empty, widths_within
 from secateur.describe import Description
 from secateur.files import InputError
 from secateur.knapsack import fitting, in_turn, prices
-from secateur.policy import RAGGED, Policy, nearest, permitted
+from secateur.nested import Pair, path
+from secateur.policy import RAGGED, Policy, nearest, permitted, permitted_pairs
 from secateur.units import FEWEST_EXPERTS, Group, Shapes, Size, sliced_shapes, unit_params, whole
 from secateur.widths import equal_or_checked
 
@@ -28,15 +29,17 @@ class Rows:
     """A group whose units go together in rows, by their rank: a kept set then has one of a few widths.
 
     The first row holds the best units, as many as the least width, the next one those up to the next width, and so on;
-    of experts, as many of each. A row stays only if the rows before it do.
+    of experts, or of the query heads of each KV head, as many of each. A row stays only if the rows before it do.
     """
 
     where: slice
     """The group's units among all."""
     widths: tuple[int, ...]
-    """What the group, or each of its experts, may be wide, rising; units beyond the last are never kept."""
-    experts: int = 0
-    """How many experts the units are those of; 0: none."""
+    """What the group, or each of its parts, may be wide, rising; units beyond the last are never kept."""
+    parts: int = 1
+    """How many experts, or KV heads, the units are those of."""
+    experts: bool = False
+    """Whether they are those of experts."""
     can_go: bool = False
     """Whether experts without a unit of rank above 0 go whole, and not by rows."""
 
@@ -59,6 +62,8 @@ class Budget:
     """The shape that `rows` follow from."""
     rows: tuple[Rows, ...] = ()
     """Groups whose units go together."""
+    pairs: tuple[Pair, ...] = ()
+    """Groups of KV heads and of query heads that go together."""
     bounds: tuple[Bound, ...] = ()
     """Budgets on the whole model, which are the constraints then, in the place of those above."""
     groups: tuple[Group, ...] = ()
@@ -170,6 +175,8 @@ def make_budget(
             return str(error)
         return None
 
+    if equal and any(g.keys for g in groups):
+        raise InputError("--attention-unit nested leaves layers of different widths; use kv-groups or heads")
     if not policy.free and (reason := wrong(policy)):
         instead = nearest(policy, lambda shape: all(permitted(g, shape) for g in groups) and not wrong(shape), groups)
         raise InputError(f"{reason}; {instead}" if instead else reason)
@@ -178,16 +185,22 @@ def make_budget(
     numbers: dict[str, int] = {}
     constraints, start = [], 0
     rows: list[Rows] = []
+    pairs: list[Pair] = []
+    where: dict[str, slice] = {}
     for g in groups:
-        free = policy.free and not g.experts
-        if not free and not (g.experts and (tie is None or scope == "expert")):
-            where = slice(start, start + g.units)
-            rows.append(Rows(where, permitted(g, policy), g.experts, bool(g.experts) and not g.shared))
+        where[g.name] = slice(start, start + g.units)
+        free = policy.free and g.parts == 1
+        if g.keys:
+            pairs.append(Pair(where[g.keys], where[g.name], permitted_pairs(g, policy)))
+        elif g.writes and not free and not (g.experts and (tie is None or scope == "expert")):
+            can_go = bool(g.experts) and not g.shared
+            rows.append(Rows(where[g.name], permitted(g, policy), g.parts, bool(g.experts), can_go))
         start += g.units
         parts = g.experts if scope == "expert" and g.experts else 1
         for part in range(parts):
-            name = {"model": "all units", "kind": g.kind}.get(scope, f"{g.name}.{part}" if parts > 1 else g.name)
-            units = widths.get(g.name, g.width) * (g.experts or 1) // parts
+            kind = g.kind if g.writes else "heads"  # nested KV heads and query heads are one constraint
+            name = {"model": "all units", "kind": kind}.get(scope, f"{g.name}.{part}" if parts > 1 else g.name)
+            units = widths.get(g.name, g.width) * g.parts // parts
             allowed[name] = allowed.get(name, 0) + units * params[g.name]
             constraints.append(torch.full((g.units // parts,), numbers.setdefault(name, len(numbers))))
     if not equal:
@@ -201,6 +214,7 @@ def make_budget(
         tie if mixed and scope != "expert" else None,
         policy,
         tuple(rows),
+        tuple(pairs),
         () if equal else bounds,
         tuple(groups) if bounds and not equal else (),
     )
@@ -216,28 +230,28 @@ def everything(groups: Sequence[Group]) -> Budget:
 def largest_that_fits(rank_N: torch.Tensor, limits: Budget) -> torch.Tensor:
     """The kept set, a mask of shape (N,): units by falling rank as long as they fit, then smaller ones that do.
 
-    Where units go together, by their mean rank: ranks stand for what a parameter is worth, and the units of a group
-    are of one size, so a row is worth the mean of its units.
+    Where units go together, by their mean rank, weighted by parameters: ranks stand for what a parameter is worth.
     """
     rank_N, device = rank_N.detach().cpu(), rank_N.device
     params_N, constraint_N = limits.params_N.cpu(), limits.constraint_N.cpu()
-    if not limits.rows and not limits.bounds:
+    if not (limits.rows or limits.pairs or limits.bounds):
         return _fitting(rank_N, params_N, constraint_N, limits.allowed_C).to(device)
     owner_N, chain_N = _tied(rank_N, limits)
     has_N = owner_N >= 0
     if not has_N.any():
         return torch.zeros(len(rank_N), dtype=torch.bool, device=device)
     owner_M, count = owner_N[has_N], int(owner_N.max()) + 1
-    size_O = torch.zeros(count).index_add(0, owner_M, torch.ones(len(owner_M)))
-    rank_O = torch.zeros(count).index_add(0, owner_M, rank_N[has_N].float()) / size_O
     params_O = torch.zeros(count, dtype=torch.int64).index_add(0, owner_M, params_N[has_N])
+    worth_O = torch.zeros(count, dtype=torch.float64).index_add(0, owner_M, rank_N[has_N].double() * params_N[has_N])
+    rank_O = (worth_O / params_O).float()
     constraint_O = torch.zeros(count, dtype=torch.int64).index_copy(0, owner_M, constraint_N[has_N])
     chain_O = torch.zeros(count, dtype=torch.int64).index_copy(0, owner_M, chain_N[has_N])
-    for rows in range(len(limits.rows)):  # a short row's mean may be rounded above that of the row before it
-        rank_O[chain_O == rows] = rank_O[chain_O == rows].cummin(0).values
+    for chain in range(len(limits.rows) + len(limits.pairs)):  # a short row's mean may be rounded up
+        rank_O[chain_O == chain] = rank_O[chain_O == chain].cummin(0).values
     if limits.bounds:
-        group_O = torch.zeros(count, dtype=torch.int64).index_copy(0, owner_M, limits.group_N.cpu()[has_N])
-        kept_O = fitting(rank_O, group_O, _chains(has_N, limits), limits.bounds)
+        chains, group_G = _chains(owner_N, limits)
+        chain_O.index_copy_(0, owner_M, group_G[limits.group_N.cpu()[has_N]])
+        kept_O = fitting(rank_O, chain_O, chains, limits.bounds)
     else:
         kept_O = _fitting(rank_O, params_O, constraint_O, limits.allowed_C, chain_O)
     return (kept_O[owner_N] & has_N).to(device)
@@ -267,36 +281,50 @@ def _fitting(
     return kept_N
 
 
-def _chains(has_N: torch.Tensor, limits: Budget) -> list[dict[int, torch.Tensor]]:
-    """The chains that `fitting` takes items from, one for each group: the units that are stored with nothing kept of
-    it, with the first item, and so on. `has_N` masks the units that may be kept."""
-    rows_at = {rows.where.start: rows for rows in limits.rows}
-    chains, start = [], 0
-    for number, g in enumerate(limits.groups):
-        has_U = has_N[start : start + g.units]
-        rows, living = rows_at.get(start), int(g.by_expert(has_U).any(-1).sum()) if g.experts else 1
-        start += g.units
-        if rows is None:
-            steps = list(range(1, g.units + 1))
-        elif g.experts and limits.tie == "experts":
-            steps = [g.width * max(FEWEST_EXPERTS, n) for n in range(1, g.experts + 1)]
+def _chains(owner_N: torch.Tensor, limits: Budget) -> tuple[list[dict[int, torch.Tensor]], torch.Tensor]:
+    """The chains that `fitting` takes items from: for each group, or two that go together, the units that are stored
+    with nothing kept of it, with the first item, and so on. And the chain of each group, shape (G,)."""
+    starts = {rows.where.start: rows for rows in limits.rows}
+    paired = {at.start: pair for pair in limits.pairs for at in (pair.keys, pair.heads)}
+    chains: list[dict[int, torch.Tensor]] = []
+    numbers: dict[int, int] = {}
+    number_G, start = [], 0
+    for g, group in enumerate(limits.groups):
+        rows, pair, owner_U = starts.get(start), paired.get(start), owner_N[start : start + group.units]
+        key = start if pair is None else pair.keys.start
+        start += group.units
+        if key not in numbers:
+            numbers[key] = len(chains)
+            chains.append({})
+        number_G.append(numbers[key])
+        if pair is not None:
+            step_K, step_U = owner_N[pair.keys], owner_U[owner_U >= 0]
+            first = int(step_K[step_K >= 0].min())  # some KV head comes with the first step
+            count = int(owner_N[pair.heads].max()) - first + 1  # and query heads with every one
+            steps = torch.bincount(step_U - first, minlength=count).cumsum(0).tolist()
+        elif rows is None:
+            steps = list(range(1, group.units + 1))
+        elif group.experts and limits.tie == "experts":
+            steps = [group.width * max(FEWEST_EXPERTS, n) for n in range(1, group.experts + 1)]
         else:
-            steps = [width * (max(FEWEST_EXPERTS, living) if g.experts else 1) for width in rows.widths]
-        chains.append({number: torch.tensor([stored_when_empty(g, limits.policy), *steps])})
-    return chains
+            living = int((group.by_part(owner_U) >= 0).any(1).sum())
+            parts = max(FEWEST_EXPERTS, living) if group.experts else group.parts
+            steps = [width * parts for width in rows.widths]
+        chains[number_G[g]][g] = torch.tensor([stored_when_empty(group, limits.policy), *steps])
+    return chains, torch.tensor(number_G)
 
 
 def _tied(rank_N: torch.Tensor, limits: Budget) -> tuple[torch.Tensor, torch.Tensor]:
     """The number of what each unit belongs to, shape (N,): itself, an expert, or a row (of its layer's experts: of all
     of them). −1 for units that cannot stay: those beyond the last width, and experts that go whole.
 
-    And the number of the `Rows` it is in, −1 where it is in none.
+    And the number of the `Rows` or `Pair` it is in, −1 where it is in none.
     """
     owner_N, chain_N = torch.arange(len(rank_N)), torch.full((len(rank_N),), -1)
     for number, rows in enumerate(limits.rows):
-        rank_EC = rank_N[rows.where].unflatten(0, (rows.experts or 1, -1))
+        rank_EC = rank_N[rows.where].unflatten(0, (rows.parts, -1))
         if rows.experts and limits.tie == "experts":
-            first_E = owner_N[rows.where].unflatten(0, (rows.experts, -1))[:, :1]
+            first_E = owner_N[rows.where].unflatten(0, (rows.parts, -1))[:, :1]
             owner_N[rows.where] = first_E.expand_as(rank_EC).flatten()
             continue
         place_EC = rank_EC.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
@@ -304,6 +332,13 @@ def _tied(rank_N: torch.Tensor, limits: Budget) -> tuple[torch.Tensor, torch.Ten
         stays_EC = (row_EC < len(rows.widths)) & ((rank_EC > 0).any(1, keepdim=True) | (not rows.can_go))
         owner_N[rows.where] = torch.where(stays_EC, rows.where.start + row_EC, -1).flatten()
         chain_N[rows.where] = number
+    for number, pair in enumerate(limits.pairs, len(limits.rows)):
+        rank_K = rank_N[pair.keys]
+        cost = int(limits.params_N[pair.keys.start]), int(limits.params_N[pair.heads.start])
+        steps = path(rank_K, rank_N[pair.heads].unflatten(0, (len(rank_K), -1)), cost, pair.permitted)
+        for at, step in ((pair.keys, steps.keys_K), (pair.heads, steps.heads_KQ.flatten())):
+            owner_N[at] = torch.where(step >= 0, pair.keys.start + step, -1)
+            chain_N[at] = number
     numbers, compact_N = owner_N.unique(return_inverse=True)
     return compact_N - int(numbers[0] < 0), chain_N
 
@@ -329,7 +364,7 @@ class Figures:
     active_parameters: int
     """Those that a token meets: of a mixture's experts, as many as it is routed to. The same where there are none."""
     block_parameters: int
-    """Parameters that belong to units: what a budget counts."""
+    """Parameters that belong to units, those of `--keep` too: what sparsity is a share of."""
     flops_per_token: int
     """2 × the weights a token is multiplied by, output head included; attention over the context is not counted."""
     kv_bytes_per_token: int
@@ -353,7 +388,8 @@ def figures(
     return Figures(
         parameters=total,
         active_parameters=total - round(idle),
-        block_parameters=sum(sizes[g.name].units * unit_params(g, description.shapes) for g in groups),
+        block_parameters=description.held_parameters
+        + sum(sizes[g.name].units * unit_params(g, description.shapes) for g in groups),
         flops_per_token=round(2 * sum(counts[name] * share for name, share in multiplied.items())),
         kv_bytes_per_token=bytes_per_value * sum(shapes[name][0] for name in description.cached if name in shapes),
     )

@@ -109,13 +109,14 @@ def arrival(results: Mapping[str, Any]) -> str:
     before, after, opened, when = _last_step(results)
     allowed = results["rounding"]["allowed"]
     budgets = ", ".join(b["budget"] for b in results["rounding"].get("budgets", ()))
-    may_stay = f"{allowed:.2%} of the units' parameters may stay" + (f" for {budgets}" if budgets else "")
+    units = "units' parameters" + outside(results.get("keep", ()))
+    may_stay = f"{allowed:.2%} of the {units} may stay" + (f" for {budgets}" if budgets else "")
     if results.get("method") in ONE_SHOT:
         kept = results["rounding"]["kept"]
         return f"budget: {may_stay}, {kept:.2%} do; held-out loss {after:.4f}"
     return (
-        f"budget: {may_stay}, {opened:.2%} were open as learned; holding the "
-        f"gates to it {when} changed the held-out loss from {before:.4f} to {after:.4f} nats a token"
+        f"budget: {may_stay}, {opened:.2%} were open as learned; holding the gates to it {when} changed the held-out "
+        f"loss from {before:.4f} to {after:.4f} nats a token"
     )
 
 
@@ -173,6 +174,11 @@ def _last_step(results: Mapping[str, Any]) -> tuple[float, float, float, str]:
     return rounding["held_out_learned"], rounding["held_out_planned"], rounding["open_gates"], "at the end"
 
 
+def outside(keep: Sequence[str]) -> str:
+    """What is not meant where shares are of the units that have gates."""
+    return f" outside {', '.join(keep)}" if keep else ""
+
+
 def _units(kinds: Collection[str]) -> str:
     names = {"heads": "attention heads", "kv_groups": "attention heads", "channels": "MLP channels",
              "expert_channels": "experts' channels", "shared_channels": "shared experts' channels"}  # fmt: skip
@@ -214,7 +220,7 @@ def model_card(
     lines = [
         "---", yaml.safe_dump(header, sort_keys=False).strip(), "---", "",
         f"# {name}, pruned {_asked(config)}", "",
-        f"{rounding.kept:.2%} of the parameters in {_units(kinds)} were kept, "
+        f"{rounding.kept:.2%} of the parameters in {_units(kinds)}{outside(config.keep)} were kept, "
         f"{_found(config.method)}. {widths}", "", "```python", "from transformers import AutoModelForCausalLM",
         f'model = AutoModelForCausalLM.from_pretrained("PATH"{code})', "```", "", "## How it was made", "",
         f"- base model: `{name}`; {_weights(config, updates)}",

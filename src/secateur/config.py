@@ -15,6 +15,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from secateur.files import InputError, write_text
 from secateur.policy import policy_of
+from secateur.selection import AttentionUnit, Kind, check_selection, kept_words
 from secateur.wanted import what_is_asked
 
 
@@ -98,8 +99,6 @@ Tie = Literal["rows", "experts"]
 """What of a mixture goes together: `rows`, the channels of the same rank in all experts of a layer, so that these stay
 equally wide; `experts`, all channels of an expert."""
 
-Kind = Literal["heads", "channels", "expert_channels", "shared_channels"]
-
 Method = Literal[
     "deterministic", "hard-concrete", "hard-concrete-deterministic", "hard-concrete-expanded", "grasprune",
     "sensitivity", "magnitude", "wanda-sp", "flap", "taylor-element", "taylor-vector", "frequency", "reap", "camera",
@@ -164,9 +163,19 @@ class Config:
     and nothing is learned, with `sensitivity` (what learning starts from), `magnitude`, `wanda-sp`, `flap`,
     `taylor-element` and `taylor-vector`; of mixtures, experts with `frequency` and `reap`, their channels with
     `camera`."""
-    units: tuple[Kind, ...] = ()
-    """What to prune: `heads` (or groups of them that share keys), `channels` of MLPs, `expert_channels`,
-    `shared_channels` of shared experts. Default: the experts' channels of a mixture, all of any other model."""
+    units: Annotated[tuple[Kind, ...], tyro.conf.arg(aliases=("--only",))] = ()
+    """What to prune: `heads` (or what `--attention-unit` says), `channels` of MLPs, `expert_channels`,
+    `shared_channels` of shared experts; or `attention`, and `mlp` for all channels that there are. Default: the
+    experts' channels of a mixture, all of any other model."""
+    attention_unit: AttentionUnit | None = None
+    """What goes at once where query heads share keys and values (GQA): `kv-groups`, a KV head and its query heads,
+    which shrinks the KV cache too; `heads`, single query heads, of each KV head of a layer as many; `nested`, both: a
+    layer keeps some KV heads, and as many query heads of each. Where all heads share one KV head or a latent there are
+    `heads` only; where every head has its own all three are the same. Default: `kv-groups`, else `heads`. To leave
+    attention whole: `--only mlp`."""
+    keep: tuple[str, ...] = ()
+    """Layers, or sublayers, that stay whole, with commas or spaces between: `layers.0,layers.-1` (from the end),
+    `layers.3.mlp`, `layers.3.attention`. `--sparsity` is a share of all units still, and goes from the others."""
     data: str = "self"
     """Calibration text: a file or folder (.txt, .jsonl, .parquet; .gz, .zst), a dataset on the hub, or `self` for text
     that the model itself writes."""
@@ -291,6 +300,8 @@ class Config:
             raise InputError(f"--max-shard-size is a size such as 5GB or 500MB, not {self.max_shard_size!r}")
         policy = policy_of(self.shape)
         self.shape = str(policy)
+        self.keep = kept_words(self.keep)
+        check_selection(self, self.method in ONE_SHOT)
         if policy.uniform and self.per not in (None, "layer", "expert"):
             raise InputError(
                 f"--shape {policy} needs equal widths, so --per {self.per} contradicts it; use --per expert"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from secateur.describe import Description
 from secateur.files import InputError
-from secateur.policy import Policy, permitted
+from secateur.policy import Policy, permitted, permitted_pairs
 from secateur.units import FEWEST_EXPERTS, Group, aligned
 from secateur.wanted import Wanted
 
@@ -80,7 +80,7 @@ def bounds_of(
     found = []
     for each in wanted:
         whole = per_parameter(description, each.kind, bytes_per_value)
-        extra = buffer_bytes if each.kind == "bytes" else 0
+        extra = {"bytes": buffer_bytes, "units": 0 if by_kind else description.held_parameters}.get(each.kind, 0)
         kinds = dict.fromkeys(g.kind for g in description.groups) if by_kind and each.kind == "units" else [None]
         found += [_bound(description.groups, each, whole, extra, kind) for kind in kinds]
     return tuple(found)
@@ -149,19 +149,28 @@ def widths_within(
     if equal:
         return _equal(groups, bounds, policy)
     lowest = [stored_when_empty(g, policy) for g in groups]
-    highest = [(g.experts or 1) * permitted(g, policy)[-1] for g in groups]
-    firsts = [(g.experts or 1) * (g.width if whole_experts and g.experts else permitted(g, policy)[0]) for g in groups]
-    if whole_experts:
-        firsts = [FEWEST_EXPERTS * g.width if g.experts else first for g, first in zip(groups, firsts, strict=True)]
+    highest = [g.parts * permitted(g, policy)[-1] for g in groups]
+    firsts = [_first(groups, number, policy, whole_experts) for number, g in enumerate(groups) if g.writes]
     gaps = []
     for b in bounds:
-        steps = [cost.at(f) - cost.at(low) for cost, f, low in zip(b.costs, firsts, lowest, strict=True) if cost.at(f)]
+        steps = [sum(b.costs[g].at(units) - b.costs[g].at(lowest[g]) for g, units in first.items()) for first in firsts]
         least = b.cost(lowest) + min((step for step in steps if step > 0), default=0)
         if b.allowed < least:
             raise InputError(f"--budget {b.wanted} cannot be met{_by(policy)}: {_nearest(b, least)}")
         gaps.append(least - b.cost(lowest))
     _check_spent(bounds, [b.cost(highest) for b in bounds], gaps, policy)
     return {}
+
+
+def _first(groups: Sequence[Group], number: int, policy: Policy, whole_experts: bool) -> dict[int, int]:
+    """The units of a group, and of another that goes with it, that are the least that may be stored if any are."""
+    g = groups[number]
+    if g.keys:
+        keys, heads = min(permitted_pairs(g, policy))
+        return {number: keys * heads, next(n for n, other in enumerate(groups) if other.name == g.keys): keys}
+    if g.experts and whole_experts:
+        return {number: FEWEST_EXPERTS * g.width}
+    return {number: g.parts * permitted(g, policy)[0]}
 
 
 def _check_counted(groups: Sequence[Group], bounds: Sequence[Bound]) -> None:
@@ -205,14 +214,14 @@ def _equal(groups: Sequence[Group], bounds: Sequence[Bound], policy: Policy) -> 
     """
     kinds = {g.kind: g for g in groups}
     for kind in kinds:
-        if len({(g.width, g.experts) for g in groups if g.kind == kind}) > 1:
+        if len({(g.width, g.parts) for g in groups if g.kind == kind}) > 1:
             raise InputError(f"the layers differ in their number of {kind}, so equal widths are not possible")
     routed = kinds.get("expert_channels")
     tied = {kind: g for kind, g in kinds.items() if routed is not None and not g.sizes}
     free = {kind: permitted(g, policy) for kind, g in kinds.items() if kind not in tied}
 
     def stored(widths: Mapping[str, int]) -> list[int]:
-        return [_width(g, widths) * (g.experts or 1) for g in groups]
+        return [_width(g, widths) * g.parts for g in groups]
 
     def _width(g: Group, widths: Mapping[str, int]) -> int:
         if g.kind not in tied:

@@ -38,7 +38,7 @@ from secateur.files import InputError, replacing, write_json, write_text
 from secateur.load import weight_of
 from secateur.plan import Plan
 from secateur.slicing import added_biases, pruned_shapes, sliced
-from secateur.units import whole
+from secateur.units import said_by_config, whole
 
 EXPORT_FORMAT = 1
 MODELING_FILE = "modeling_pruned.py"
@@ -131,15 +131,15 @@ def _ragged(values: dict[str, Any], description: Description, plan: Plan) -> dic
     for group in description.groups:
         size, path = sizes[group.name], group.gate_at.removeprefix(f"{description.layers}.{group.layer}.")
         module, _, writer = path.rpartition(".")
-        if 0 < size.width < group.width or (size.width == 0 and group.sizes):
-            widths.setdefault(group.layer, {}).update({key: size.width * per_unit for key, per_unit in group.sizes})
+        if (said := said_by_config(group, size)) != said_by_config(group, whole(group)):
+            widths.setdefault(group.layer, {}).update(said)
         if group.sizes:
             put("narrowed", group.layer, path if group.experts else module)
-        if size.width == 0:
+        if size.width == 0 and group.writes:
             put("closed", group.layer, [group.kind, module, writer])
         elif not group.sizes:
             put("widths", group.layer, [module, writer, size.width])
-        if size.experts < group.experts:
+        if group.experts and size.parts < group.experts:
             earlier = dict(own.get("experts", {}).get(str(group.layer), []))
             names = earlier.get(path, list(range(group.experts)))
             put("experts", group.layer, [path, [names[e] for e in plan.pack(group).experts.tolist()]])
@@ -182,8 +182,8 @@ def _write_uniform(
     widths: dict[str, Counter[int]] = {}
     sizes = plan.sizes(description.groups)
     for group in description.groups:
-        for key, per_unit in group.sizes:
-            widths.setdefault(key, Counter())[sizes[group.name].width * per_unit] += 1
+        for key, value in said_by_config(group, sizes[group.name]).items():
+            widths.setdefault(key, Counter())[value] += 1
     for key, counts in widths.items():
         if len(counts) > 1 or 0 in counts:
             found = ", ".join(f"{width} in {layers} layers" for width, layers in sorted(counts.items()))

@@ -61,8 +61,9 @@ def magnitude(model: PreTrainedModel, groups: Groups, _ids_NT: torch.Tensor, lim
 def vectors(weight: torch.Tensor, s: Slice, group: Group) -> torch.Tensor:
     """A tensor of the shape of `s.param`, as the rows or columns that belong to each unit: shape (U, V, R)."""
     each, dim = (weight, s.dim) if group.experts else (weight[None], s.dim + 1)
-    block = each.shape[dim] // (s.copies * group.width)
-    rows = each.movedim(dim, 1).reshape(len(each), s.copies, group.width, block, -1)
+    units = group.units // len(each)
+    block = each.shape[dim] // (s.copies * units)
+    rows = each.movedim(dim, 1).reshape(len(each), s.copies, units, block, -1)
     return rows.transpose(1, 2).flatten(0, 1).flatten(1, 2)
 
 

@@ -183,7 +183,7 @@ def unseen(grad_N: torch.Tensor, groups: tuple[Group, ...]) -> torch.Tensor | No
         return None
     parts = []
     for part, g in zip(grad_N.split([g.units for g in groups]), groups, strict=True):
-        silent_E = (part.unflatten(0, (g.experts or 1, g.width)) == 0).all(1)
+        silent_E = (g.by_part(part) == 0).all(1)
         parts.append((silent_E & bool(g.experts)).repeat_interleave(g.width))
     return torch.cat(parts)
 

@@ -31,21 +31,28 @@ def budget_of(session: Session, shape: str | None = None, scope: Scope | None = 
     assert scope is not None
     description.check_shape(shape)
     tie, policy = tie_of(c.method, shape), policy_of(shape)
-    sparsity = 0.0 if c.sparsity is None else c.sparsity
+    sparsity = 0.0 if c.sparsity is None else description.sparsity_of_rest(c.sparsity)
     bounds = asked_of(session, scope == "kind")
-    return make_budget(description.groups, description.shapes, sparsity, scope, tie, policy, bounds)
+    try:
+        return make_budget(description.groups, description.shapes, sparsity, scope, tie, policy, bounds)
+    except InputError as error:
+        of = f" (--sparsity {c.sparsity} of all units is {sparsity:g} of what --keep leaves, which this speaks of)"
+        raise InputError(f"{error}{of if description.kept and not bounds else ''}") from None
 
 
 def asked_of(session: Session, by_kind: bool = False) -> tuple[Bound, ...]:
-    """The budgets of a run, exactly; none where there is a sparsity alone."""
+    """The budgets of a run, exactly; none where there is a sparsity alone. `by_kind`: that of units, by kind, is of
+    those that `--keep` leaves."""
     c, loaded = session.config, session.loaded
     if not c.budget:
         return ()
-    units = [] if c.sparsity is None else [f"units={1.0 - c.sparsity:.12f}".rstrip("0")]
     buffer_bytes = sum(tensor.numel() * tensor.element_size() for _, tensor in buffers(loaded.model))
-    return bounds_of(
-        loaded.description, read_budgets((*units, *c.budget)), loaded.checkpoint_dtype.itemsize, buffer_bytes, by_kind
-    )
+    words = list(c.budget)
+    if c.sparsity is not None:
+        sparsity = loaded.description.sparsity_of_rest(c.sparsity) if by_kind else c.sparsity
+        words.insert(0, f"units={1.0 - sparsity:.12f}".rstrip("0"))
+    size = loaded.checkpoint_dtype.itemsize
+    return bounds_of(loaded.description, read_budgets(words), size, buffer_bytes, by_kind)
 
 
 def find_gates(session: Session) -> Gates:

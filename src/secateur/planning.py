@@ -109,7 +109,7 @@ def cost_of(session: Session, plan: Plan, rounding: Rounding) -> ShapeCost:
     loaded = session.loaded
     groups, size = loaded.description.groups, loaded.checkpoint_dtype.itemsize
     found, stored = figures_of(loaded.description, plan, size), plan.sizes(groups)
-    closed = sum(g.experts - stored[g.name].experts for g in groups)
+    closed = sum(g.experts - stored[g.name].parts for g in groups if g.experts)
     return ShapeCost(plan.shape, rounding.held_out_planned, found, found.parameters * size, closed, rounding.kept)
 
 

@@ -42,7 +42,7 @@ def _check_reach(
     too much of it, or the narrowest is already too wide."""
     for kind in dict.fromkeys(g.kind for g in groups) if scope == "kind" else [None]:
         within = [g for g in groups if kind in (None, g.kind)]
-        each = {g.name: params[g.name] * (g.experts or 1) for g in within}
+        each = {g.name: params[g.name] * g.parts for g in within}
         least = min(each[g.name] * permitted(g, policy)[0] for g in within)
         most = sum(each[g.name] * permitted(g, policy)[-1] for g in within)
         total = sum(each[g.name] * g.width for g in within)
@@ -71,7 +71,7 @@ def _equal_widths(
     """
     kinds = dict.fromkeys(g.kind for g in groups)
     for kind in kinds:
-        if len({(g.width, g.experts) for g in groups if g.kind == kind}) > 1:
+        if len({(g.width, g.parts) for g in groups if g.kind == kind}) > 1:
             raise InputError(f"the layers differ in their number of {kind}, so equal widths are not possible")
     last = next((k for k in ("expert_channels", "channels") if k in kinds), [*kinds][-1])
     filler = next(g for g in groups if g.kind == last)
@@ -82,8 +82,8 @@ def _equal_widths(
         if g.kind != last and g.kind not in tied:
             near = round(g.width * (1.0 - sparsity))
             kept.setdefault(g.kind, min(permitted(g, policy), key=lambda width: abs(width - near)) if near else 0)
-            allowed -= float(kept[g.kind] * params[g.name])
-    a_unit: float = sum((g.experts or 1) * params[g.name] for g in groups if g.kind == last)
+            allowed -= float(kept[g.kind] * g.parts * params[g.name])
+    a_unit: float = sum(g.parts * params[g.name] for g in groups if g.kind == last)
     a_unit += sum(tied[g.kind] * params[g.name] for g in groups if g.kind in tied)
     kept[last] = min(filler.width, floor(allowed / a_unit + 1e-9))
     if tie != "experts" or not filler.experts:
