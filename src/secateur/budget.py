@@ -168,19 +168,22 @@ def make_budget(
             return widths_within(groups, bounds, equal, tie == "experts", shape)
         return equal_or_checked(groups, params, sparsity, scope, tie, shape)
 
-    def wrong(shape: Policy) -> str | None:
+    def works(shape: Policy) -> bool:
+        if not all(permitted(g, shape) for g in groups):
+            return False
         try:
             widths_for(shape)
-        except InputError as error:
-            return str(error)
-        return None
+        except InputError:
+            return False
+        return True
 
     if equal and any(g.keys for g in groups):
         raise InputError("--attention-unit nested leaves layers of different widths; use kv-groups or heads")
-    if not policy.free and (reason := wrong(policy)):
-        instead = nearest(policy, lambda shape: all(permitted(g, shape) for g in groups) and not wrong(shape), groups)
-        raise InputError(f"{reason}; {instead}" if instead else reason)
-    widths = widths_for(policy)
+    try:
+        widths = widths_for(policy)
+    except InputError as error:
+        instead = None if policy.free else nearest(policy, works, groups)
+        raise InputError(f"{error}; {instead}" if instead else str(error)) from None
     allowed: dict[str, int] = {}
     numbers: dict[str, int] = {}
     constraints, start = [], 0
@@ -189,10 +192,10 @@ def make_budget(
     where: dict[str, slice] = {}
     for g in groups:
         where[g.name] = slice(start, start + g.units)
-        free = policy.free and g.parts == 1
+        together = tie is not None and scope != "expert" if g.experts else g.parts > 1 or not policy.free
         if g.keys:
             pairs.append(Pair(where[g.keys], where[g.name], permitted_pairs(g, policy)))
-        elif g.writes and not free and not (g.experts and (tie is None or scope == "expert")):
+        elif g.writes and together:
             can_go = bool(g.experts) and not g.shared
             rows.append(Rows(where[g.name], permitted(g, policy), g.parts, bool(g.experts), can_go))
         start += g.units

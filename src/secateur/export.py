@@ -79,8 +79,7 @@ def export(
                 # LlamaConfig reads the head count as soon as it is made, which fails where layers differ: without
                 # trust_remote_code not even the tokenizer would load.
                 ragged, classes = _as_mistral(ragged), (MistralForCausalLM, MistralModel)
-            ragged |= _auto_classes(classes[0]) | _admission(ragged, classes[0].config_class)
-            write_json(temporary / "config.json", ragged)
+            _write_ragged(ragged | _auto_classes(classes[0]), classes[0].config_class, temporary)
             write_text(temporary / MODELING_FILE, _modeling_text(*classes))
             _check_shapes(_pruned_skeleton(temporary), description, plan)
         _write_weights(model, description, plan, temporary, max_shard_size, dtype)
@@ -224,14 +223,14 @@ def _heads_vary(ragged: dict[str, Any]) -> bool:
     return any("num_attention_heads" in widths for widths in ragged["per_layer_config"].values())
 
 
-def _admission(ragged: dict[str, Any], config_class: type[PreTrainedConfig]) -> dict[str, Any]:
-    """What lets a stock configuration that looks at the one head count of a model be made where layers differ: without
-    it, what reads the configuration alone (tokenizers, servers with a plugin) would fail."""
+def _write_ragged(ragged: dict[str, Any], config_class: type[PreTrainedConfig], folder: Path) -> None:
+    """Writes a config.json of widths by layer. Where the stock configuration looks at the one head count of a model, a
+    key lets it: what reads the configuration alone (tokenizers, servers with a plugin) would fail otherwise."""
+    write_json(folder / "config.json", ragged)
     try:
-        config_class.from_dict(copy.deepcopy(ragged))
+        config_class.from_pretrained(folder)
     except AmbiguousGlobalPerLayerAttributeError:
-        return {"allow_global_per_layer_attribute_access": True}
-    return {}
+        write_json(folder / "config.json", ragged | {"allow_global_per_layer_attribute_access": True})
 
 
 def _as_mistral(values: dict[str, Any]) -> dict[str, Any]:

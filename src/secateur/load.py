@@ -3,7 +3,6 @@
 Only safetensors and GGUF weights are read, never pickles; code from a checkpoint runs only on request.
 """
 
-import json
 import textwrap
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from secateur.describe import Description, check_causal, check_unquantised, describe
 from secateur.families import build, config_class, model_class
-from secateur.files import InputError
+from secateur.files import InputError, read_json
 from secateur.selection import AttentionUnit
 
 
@@ -97,7 +96,7 @@ def read_export(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 
     Where another library in this process has registered a configuration for its `model_type`, too.
     """
-    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    values = read_json(folder / "config.json", "secateur export RUN")
     own = values.get("auto_map", {}).get("AutoModelForCausalLM")
     cls = get_class_from_dynamic_module(own, str(folder)) if own else AutoModelForCausalLM
     model: PreTrainedModel = cls.from_pretrained(folder, dtype=dtype, use_safetensors=True)

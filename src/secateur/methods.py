@@ -55,8 +55,9 @@ def asked_of(session: Session, by_kind: bool = False) -> tuple[Bound, ...]:
     return bounds_of(loaded.description, read_budgets(words), size, buffer_bytes, by_kind)
 
 
-def find_gates(session: Session) -> Gates:
-    """Gates of the run's method. Those that are learned go on from a checkpoint where one is; the others start over."""
+def find_gates(session: Session, limits: Budget) -> Gates:
+    """Gates of the run's method within `limits`, its budget. Those that are learned go on from a checkpoint where one
+    is; the others start over."""
     c = session.config
     assert c.learning is not None
     blocks = session.blocks
@@ -72,7 +73,6 @@ def find_gates(session: Session) -> Gates:
         "recipe": asdict(c.learning),
         "fixing": None,
     }
-    limits = budget_of(session)
     with session.autocast():
         return (_score if c.method in ONE_SHOT else _learn)(session, limits, about)
 

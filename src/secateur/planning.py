@@ -133,13 +133,15 @@ def compare_shapes(session: Session, shape: str | None = None) -> tuple[list[Sha
     return costs, refused
 
 
-def against_ragged(session: Session, plan: Plan, rounding: Rounding) -> str | None:
+def against_ragged(
+    session: Session, plan: Plan, rounding: Rounding, held_out_loss: HeldOutLoss | None = None
+) -> str | None:
     """What a shape costs and saves beside ragged widths from the same gates and budget, in a line; None where it is
     ragged, or that has no plan."""
     if plan.shape == "ragged":
         return None
     try:
-        ragged = cost_of(session, *plan_for(session, "ragged"))
+        ragged = cost_of(session, *plan_for(session, "ragged", held_out_loss))
     except InputError:
         return None
     own = cost_of(session, plan, rounding)
