@@ -324,7 +324,7 @@ def eval_stage(session: Session) -> dict[str, Any]:
         counted = sum(p.numel() for p in exported.parameters())
         assert counted == pruned["parameters"], f"the export has {counted} parameters, {pruned['parameters']} planned"
     gates = load_gates(run.gates, description.groups, session.architecture)
-    results: dict[str, Any] = {"method": c.method, "text": text, "dense": dense, "pruned": pruned}
+    results: dict[str, Any] = {"method": c.method, "keep": list(c.keep), "text": text, "dense": dense, "pruned": pruned}
     results["rounding"] = asdict(rounding)
     results["updates"] = updates_of(run.model)
     if "refit" in results["updates"]:
