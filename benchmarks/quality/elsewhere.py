@@ -14,6 +14,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 from secateur.bos import leading_bos
+from secateur.describe import describe
 from secateur.evaluate import mean_loss, windows
 from secateur.files import InputError
 from secateur.load import load
@@ -39,8 +40,10 @@ def main() -> int:
         print(f"unpruned: perplexity {math.exp(dense):.2f} on Python's reference manual")
         for run in options.runs:
             session = open_session(run)
-            session.loaded = replace(loaded, description=loaded.description.only(session.config.units))
-            groups = session.loaded.description.groups
+            c = session.config
+            description = describe(loaded.model, c.attention_unit).only(c.units).keeping(c.keep)
+            session.loaded = replace(loaded, description=description)
+            groups = description.groups
             plan, _ = load_plan(session.run.plan, groups, session.architecture)
             loss = mean_loss(loaded.model, ids_NT, groups, plan.gates(groups))
             print(f"{run.name}: {math.exp(loss):.2f}, {math.exp(loss - dense):.3f} × unpruned", flush=True)
