@@ -46,7 +46,17 @@ def summary(results: Mapping[str, Any]) -> list[Row]:
             continue  # not a mixture of experts
         change = "" if pruned[key] == dense[key] else f"−{1 - pruned[key] / dense[key]:.1%}"
         rows.append((label, human(dense[key], unit), human(pruned[key], unit), change))
+    rows += _guard_rows(results.get("guards", ()))
     return rows + _budget_rows(results["rounding"].get("budgets", ())) + _task_rows(results.get("tasks", {}))
+
+
+def _guard_rows(guards: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """A row a guard: its held-out loss, and how far it rose."""
+    return [
+        (f"loss of {public_name(g['data'])}, at most +{g['tolerance']:g}", f"{g['dense']:.3f}", f"{g['pruned']:.3f}",
+         _signed(f"{g['pruned'] - g['dense']:.3f}"))
+        for g in guards
+    ]  # fmt: skip
 
 
 def _budget_rows(budgets: Sequence[Mapping[str, Any]]) -> list[Row]:
@@ -129,7 +139,17 @@ def warnings(results: Mapping[str, Any]) -> list[str]:
             f"holding the gates to the budget raised the held-out loss by {after - before:.3f} nats a token; more "
             "steps, or the default recipe, arrive closer by themselves"
         )
+    found += _guard_warnings(results.get("guards", ()))
     return found + _overlap_warnings(results.get("overlap")) + _task_warnings(results.get("tasks", {}))
+
+
+def _guard_warnings(guards: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [
+        f"the loss of {public_name(g['data'])} rose by {g['pruned'] - g['dense']:.3f} nats a token, --guard allows "
+        f"{g['tolerance']:g}; remove less, spend more steps, or allow more"
+        for g in guards
+        if not g["held"]
+    ]
 
 
 def _overlap_warnings(overlap: Mapping[str, Any] | None) -> list[str]:
@@ -247,7 +267,8 @@ def model_card(
         lines += ["", f"Perplexity: {protocol(results)}; {public_name(results['text'])}.", ""]
         if told := task_protocol(results):
             lines += [f"Tasks: {told}.", ""]
-        lines += [f"Mind: {warning}.\n" for warning in _overlap_warnings(results.get("overlap"))]
+        found = _guard_warnings(results.get("guards", ())) + _overlap_warnings(results.get("overlap"))
+        lines += [f"Mind: {warning}.\n" for warning in found]
     if verified is not None:
         for c in verified["comparisons"]:
             lines.append(

@@ -14,6 +14,7 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from secateur.files import InputError, write_text
+from secateur.guard import read_guards
 from secateur.policy import policy_of
 from secateur.selection import AttentionUnit, Kind, check_selection, kept_words
 from secateur.wanted import what_is_asked
@@ -179,6 +180,10 @@ class Config:
     data: str = "self"
     """Calibration text: a file or folder (.txt, .jsonl, .parquet; .gz, .zst), a dataset on the hub, or `self` for text
     that the model itself writes."""
+    guard: tuple[str, ...] = ()
+    """Other texts (code, another language, chats) whose loss may rise by so many nats a token only, e.g. `code/:0.1`:
+    each step learns from a batch of them, too, as much as their bounds need, and recovery takes them in turns. Costs as
+    much again for each. What could not be held is said at the end."""
     out: Path | None = None
     """Folder of the run; by default a new folder under runs/."""
     steps: int = 1000
@@ -301,6 +306,7 @@ class Config:
         policy = policy_of(self.shape)
         self.shape = str(policy)
         self.keep = kept_words(self.keep)
+        self.guard = tuple(map(str, read_guards(self.guard)))
         check_selection(self, self.method in ONE_SHOT)
         if policy.uniform and self.per not in (None, "layer", "expert"):
             raise InputError(
@@ -326,7 +332,7 @@ class Config:
         """Raises InputError for settings of learning where nothing is learned."""
         if self.method not in ONE_SHOT:
             return
-        for name in ("lr", "kd_weight", "kd_temperature", "measure_every"):
+        for name in ("lr", "kd_weight", "kd_temperature", "measure_every", "guard"):
             if getattr(self, name):
                 option = f"--{name.replace('_', '-')}"
                 raise InputError(f"{option} is a setting of learning, and --method {self.method} learns nothing")

@@ -8,10 +8,12 @@ Shape suffixes: N units of the whole model, B batch, T positions.
 """
 
 import json
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -22,9 +24,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from secateur.attach import attached
 from secateur.budget import Budget, largest_that_fits
 from secateur.config import Recipe
+from secateur.data import fingerprint
 from secateur.evaluate import mean_loss
 from secateur.files import InputError, replacing
 from secateur.gates import by_group
+from secateur.guard import Guard, Multipliers
 from secateur.objective import distillation_loss
 from secateur.optimise import Optimiser, Step
 from secateur.relaxation import RELAXATIONS
@@ -71,6 +75,18 @@ class Learned:
     """None when the recipe leaves the budget to the plan."""
 
 
+class Passes(NamedTuple):
+    """What the teacher's and the student's pass over a batch give."""
+
+    loss: float
+    ce: float
+    kl: float
+    grad_N: torch.Tensor
+    """Of the loss, by z."""
+    teacher_BTV: torch.Tensor
+    """Logits of the unpruned model."""
+
+
 def learn(
     model: PreTrainedModel,
     groups: tuple[Group, ...],
@@ -90,6 +106,7 @@ def learn(
     on_measured: Callable[[int], None] = lambda _: None,
     teacher: PreTrainedModel | None = None,
     gradient_checkpointing: bool = False,
+    guarded: Mapping[Guard, torch.Tensor] | None = None,
 ) -> Learned:
     """Learns the gates of `model`, whose weights are frozen and otherwise left as they are.
 
@@ -98,7 +115,8 @@ def learn(
     goes on from it to bit-identical gates. `on_measured` hears of the rows that sensitivity is measured on. `method` is
     one of RELAXATIONS; `measure_every` k records the held-out loss every k steps and changes nothing else. `teacher` is
     the model itself without gates unless another one is given. `gradient_checkpointing` computes each layer once more
-    in the backward pass instead of keeping what it computed: less memory, the same gates.
+    in the backward pass instead of keeping what it computed: less memory, the same gates. `guarded`: of each text whose
+    loss is bounded the rows, as many as of calibration.
     Raises LearningDiverged when the loss is not finite.
     """
     device = next(model.parameters()).device
@@ -109,42 +127,64 @@ def learn(
     settings += f" units={[(g.name, g.units) for g in groups]} budget={limits.allowed_C.tolist()} tie={limits.tie}"
     settings += "" if limits.policy.free else f" shape={limits.policy}"
     settings += "".join(f" {b.name}<={b.allowed}/{b.scale}" for b in limits.bounds)
+    guarded = guarded or {}
+    settings += "".join(f" guard={guard} {fingerprint(rows_NT)}" for guard, rows_NT in guarded.items())
+    multipliers = Multipliers(tuple(guarded), steps)
     if checkpoint is not None and checkpoint.exists():
-        fixing = _restore(checkpoint, optimiser, settings)
+        fixing = _restore(checkpoint, optimiser, multipliers, settings)
     elif recipe.sensitivity_batches:
-        rows_NT = calibration_NT[: recipe.sensitivity_batches * batch_size].to(device)
+        rows = recipe.sensitivity_batches * batch_size
         with recomputing(model, gradient_checkpointing):
-            sensitivity_N = gate_sensitivity(model, groups, rows_NT, on_measured)
+            sensitivity_N = gate_sensitivity(model, groups, calibration_NT[:rows].to(device), on_measured)
+            for weight, rows_NT in zip(multipliers.weights, guarded.values(), strict=True):
+                sensitivity_N += weight * gate_sensitivity(model, groups, rows_NT[:rows].to(device), on_measured)
         sensitivity_N = weighted(sensitivity_N, groups, recipe.attention_weight)
         optimiser.start_from(sensitivity_N, balanced(sensitivity_N, groups, recipe.layer_balance))
     batches = calibration_NT.split(batch_size)[:steps]
     assert len(batches) == steps, f"{steps} steps need {steps} batches, got {len(batches)}"
 
-    state = optimiser.state(), fixing
+    def passes(z_N: torch.Tensor, ids_BT: torch.Tensor) -> Passes:
+        ids_BT, gate_N = ids_BT.to(device), optimiser.train_gates(z_N)
+        with torch.no_grad():
+            teacher_BTV = (teacher or model)(ids_BT, use_cache=False).logits
+        # Gates stay on to the end of the backward pass, which may compute the layers once more.
+        with attached(model, groups, by_group(gate_N, groups)):
+            with recomputing(model, gradient_checkpointing):
+                student_BTV = model(ids_BT, use_cache=False).logits
+            loss, ce, kl = distillation_loss(student_BTV, teacher_BTV, ids_BT, recipe.kd_weight, recipe.kd_temperature)
+            (grad_N,) = torch.autograd.grad(loss, z_N)
+        return Passes(loss.item(), ce.item(), kl.item(), grad_N, teacher_BTV)
+
+    def guards_heard(z_N: torch.Tensor) -> tuple[torch.Tensor, list[float]]:
+        """The guards' part of the gradient, and how far each one's loss is above the unpruned model's."""
+        grad_N, rises = torch.zeros_like(z_N), []
+        for weight, rows_NT in zip(multipliers.weights, guarded.values(), strict=True):
+            ids_BT = rows_NT.split(batch_size)[optimiser.done]
+            found = passes(z_N, ids_BT)
+            dense = distillation_loss(found.teacher_BTV, found.teacher_BTV, ids_BT.to(device), 0.0, 1.0)[1]
+            grad_N += weight * found.grad_N
+            rises.append(found.ce - dense.item())
+        return grad_N, rises
+
+    state = optimiser.state(), fixing, multipliers.state()
     try:
         while optimiser.done < steps:
             if optimiser.done == optimiser.settles_at and optimiser.kept_N is None:
                 fixing = _fix(optimiser, model, groups, held_out_NT)
             z_N = optimiser.z_N.clone().requires_grad_()
-            gate_N = optimiser.train_gates(z_N)
-            ids_BT = batches[optimiser.done].to(device)
-            with torch.no_grad():
-                teacher_BTV = (teacher or model)(ids_BT, use_cache=False).logits
-            # Gates stay on to the end of the backward pass, which may compute the layers once more.
-            with attached(model, groups, by_group(gate_N, groups)):
-                with recomputing(model, gradient_checkpointing):
-                    student_BTV = model(ids_BT, use_cache=False).logits
-                loss, ce, kl = distillation_loss(
-                    student_BTV, teacher_BTV, ids_BT, recipe.kd_weight, recipe.kd_temperature
-                )
-                (grad_N,) = torch.autograd.grad(loss, z_N)
-            if not (torch.isfinite(loss) and torch.isfinite(grad_N).all()):
+            found = passes(z_N, batches[optimiser.done])
+            guards_grad_N, rises = guards_heard(z_N)
+            grad_N = found.grad_N + guards_grad_N
+            if not (math.isfinite(found.loss) and torch.isfinite(grad_N).all()):
                 raise LearningDiverged(optimiser.done, optimiser.ranking(), optimiser.values())
-            step = optimiser.advance(grad_N, loss.item(), ce.item(), kl.item(), unseen(grad_N, groups))
+            step = optimiser.advance(grad_N, found.loss, found.ce, found.kl, unseen(grad_N, groups))
+            if guarded:
+                step = replace(step, guard_rises=rises, guard_weights=list(multipliers.weights))
+                multipliers.hear(rises)
             if measure_every and step.step % measure_every == 0:
                 step = _measured(step, optimiser, model, groups, held_out_NT)
             on_step(step)
-            state = optimiser.state(), fixing
+            state = optimiser.state(), fixing, multipliers.state()
             if checkpoint is not None and optimiser.done % checkpoint_every == 0:
                 _save(checkpoint, *state, settings)
     except KeyboardInterrupt:
@@ -216,16 +256,19 @@ def _measured(
     return replace(step, held_out_trained=sum(trained) / len(trained), held_out_deployed=deployed)
 
 
-def _save(checkpoint: Path, state: dict[str, torch.Tensor], fixing: Fixing | None, settings: str) -> None:
-    about = {"settings": settings, "fixing": None if fixing is None else asdict(fixing)}
+def _save(
+    checkpoint: Path, state: dict[str, torch.Tensor], fixing: Fixing | None, guards: dict[str, Any], settings: str
+) -> None:
+    about = {"settings": settings, "fixing": None if fixing is None else asdict(fixing), "guards": guards}
     with replacing(checkpoint) as temporary:
         save_file(state, temporary, metadata={"secateur": json.dumps(about)})
 
 
-def _restore(checkpoint: Path, optimiser: Optimiser, settings: str) -> Fixing | None:
+def _restore(checkpoint: Path, optimiser: Optimiser, multipliers: Multipliers, settings: str) -> Fixing | None:
     with safe_open(checkpoint, framework="pt") as file:
         about = json.loads(file.metadata()["secateur"])
     if about["settings"] != settings:
         raise InputError(f"{checkpoint} belongs to other settings than config.yaml has now; delete it to start over")
     optimiser.restore(load_file(checkpoint))
+    multipliers.restore(about["guards"])
     return None if about["fixing"] is None else Fixing(**about["fixing"])

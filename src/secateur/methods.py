@@ -69,6 +69,7 @@ def find_gates(session: Session, limits: Budget) -> Gates:
         **({"budget": list(c.budget)} if c.budget else {}),
         "per": c.per,
         "data": blocks.about,
+        **({"guard": list(c.guard)} if c.guard else {}),
         "tokens": (c.scored_rows if c.method in ONE_SHOT else c.steps * c.batch_size) * c.seq_len,
         "recipe": asdict(c.learning),
         "fixing": None,
@@ -119,6 +120,7 @@ def _learn(session: Session, limits: Budget, about: dict[str, Any]) -> Gates:
                 on_step=on_step,
                 on_measured=session.progress.measured,
                 gradient_checkpointing=c.gradient_checkpointing,
+                guarded={guard: text.calibration_NT for guard, text in session.guards.items()},
             )
         except LearningDiverged as error:
             last_good = run.folder / f"gates-step-{error.step}.safetensors"

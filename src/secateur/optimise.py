@@ -50,6 +50,10 @@ class Step:
     lambda3: list[float]
     budgets: dict[str, float] | None = None
     """Of each of those, s̄ / ρ: at most 1 where it is held."""
+    guard_rises: list[float] | None = None
+    """Of each `--guard` how far its batch's loss was above the unpruned model's, nats a token."""
+    guard_weights: list[float] | None = None
+    """And what its loss weighed beside the calibration text's."""
     held_out_trained: float | None = None
     """Loss on held-out text after the step, gates as in training, nats a token; where it was asked for."""
     held_out_deployed: float | None = None

@@ -31,6 +31,10 @@ class Run:
         """Token blocks, packed once."""
         return self.folder / "data.safetensors"
 
+    def guard(self, number: int) -> Path:
+        """Token blocks of a `--guard`, by its place among them."""
+        return self.folder / f"guard-{number}.safetensors"
+
     @property
     def metrics(self) -> Path:
         """A line a learning step."""

@@ -1,14 +1,15 @@
 """A run with what its stages share, loaded when first needed: the dense model and the token blocks."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import PreTrainedModel
 
 from secateur.attach import compensation
 from secateur.bos import leading_bos
@@ -17,6 +18,7 @@ from secateur.data import SELF, Blocks, load_blocks
 from secateur.evaluate import mean_loss
 from secateur.files import InputError, read_json, write_json
 from secateur.gates import architecture_fingerprint
+from secateur.guard import Guard, read_guards
 from secateur.load import Loaded, autocast, load
 from secateur.optimise import Step
 from secateur.recover import RecoveryStep
@@ -72,7 +74,8 @@ class Session:
     def loaded(self) -> Loaded:
         """The dense model."""
         c = self.config
-        for data in {c.data, c.eval_data} - {SELF, None}:
+        guards = {guard.data for guard in read_guards(c.guard)}
+        for data in {c.data, c.eval_data, *guards} - {SELF, None}:
             local_files(str(data))  # a wrong path shows before a large model is loaded
         with self.timed("load"):
             return load(
@@ -98,20 +101,33 @@ class Session:
                 length=c.seq_len,
                 on_progress=self.progress.written,
             )
-            return load_blocks(
-                c.data,
-                loaded.tokenizer,
-                vocab_size=loaded.model.get_input_embeddings().num_embeddings,
-                seq_len=c.seq_len,
-                calibration_blocks=c.steps * c.batch_size,
-                held_out_blocks=-(-c.held_out_tokens // c.seq_len),
-                seed=c.seed,
-                cache=self.run.data,
-                epochs=c.epochs,
-                text_column=c.text_column,
-                bos=self.bos,
-                written=written if c.data == SELF else None,
-            )
+            return self._blocks(c.data, self.run.data, c.epochs, written if c.data == SELF else None)
+
+    @cached_property
+    def guards(self) -> Mapping[Guard, Blocks]:
+        """Of each `--guard` its tokens; a short one is repeated."""
+        c = self.config
+        return {
+            guard: self._blocks(guard.data, self.run.guard(number), c.steps * c.batch_size)
+            for number, guard in enumerate(read_guards(c.guard))
+        }
+
+    def _blocks(self, data: str, cache: Path, epochs: int, written: Iterable[Sequence[int]] | None = None) -> Blocks:
+        c, loaded = self.config, self.loaded
+        return load_blocks(
+            data,
+            loaded.tokenizer,
+            vocab_size=loaded.model.get_input_embeddings().num_embeddings,
+            seq_len=c.seq_len,
+            calibration_blocks=c.steps * c.batch_size,
+            held_out_blocks=-(-c.held_out_tokens // c.seq_len),
+            seed=c.seed,
+            cache=cache,
+            epochs=epochs,
+            text_column=c.text_column,
+            bos=self.bos,
+            written=written,
+        )
 
     @cached_property
     def tasks(self) -> "Tasks | None":
@@ -141,6 +157,22 @@ class Session:
         model, groups = self.loaded.model, self.loaded.description.groups
         biases = None if gates is None else compensation(model, groups, gates, means)
         return mean_loss(model, self.blocks.held_out_NT, groups, gates, biases)
+
+    def rows_in_turn(self, steps: int) -> torch.Tensor:
+        """Rows of so many steps: batches of the calibration text and of each guard's in turn, over and over."""
+        size = self.config.batch_size
+        texts = [blocks.calibration_NT.unflatten(0, (-1, size)) for blocks in (self.blocks, *self.guards.values())]
+        rows_NT = torch.stack(texts, dim=1).flatten(0, 2)
+        return rows_NT.repeat(-(-steps * size // len(rows_NT)), 1)[: steps * size]
+
+    def guard_losses(self, exported: PreTrainedModel) -> list[dict[str, Any]]:
+        """Of each `--guard` its held-out loss, unpruned and exported, nats a token, and whether the bound is held."""
+        found = []
+        for guard, text in self.guards.items():
+            dense, pruned = (mean_loss(model, text.held_out_NT) for model in (self.loaded.model, exported))
+            about = {"data": guard.data, "tolerance": guard.tolerance, "held": pruned - dense <= guard.tolerance}
+            found.append({**about, "dense": dense, "pruned": pruned})
+        return found
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:

@@ -50,7 +50,11 @@ class VerificationFailed(RuntimeError):
 
 def learn_stage(session: Session) -> Gates:
     """Learns or scores the gates: RUN/gates.safetensors, metrics.jsonl a line a learning step."""
-    run, limits, _tokens = session.run, budget_of(session), session.blocks  # loaded before the clock runs
+    run, limits, _tokens = (
+        session.run,
+        budget_of(session),
+        (session.blocks, session.guards),
+    )  # loaded before the clock runs
     with session.timed("learn"):
         gates = find_gates(session, limits)
     run.plan.unlink(missing_ok=True)  # a plan of earlier gates
@@ -271,8 +275,7 @@ def recover_stage(session: Session) -> list[str]:
         c.learning.kd_temperature, c.seed,
     )  # fmt: skip
     own = torch.float32 if c.recover == "full" else next(loaded.model.parameters()).dtype
-    passes = -(-steps // c.steps)
-    rows_NT = session.blocks.calibration_NT.repeat(passes, 1)[: steps * c.batch_size]
+    rows_NT = session.rows_in_turn(steps)
     student = load_export(session, own)
     goes_on = run.recovery.exists()
     with (
@@ -321,6 +324,7 @@ def eval_stage(session: Session) -> dict[str, Any]:
         pruned = asdict(sizes) | asdict(perplexity(exported, ids_NT))
         dense["disk_bytes"] = dense["parameters"] * bytes_per_value
         pruned["disk_bytes"] = sum(f.stat().st_size for f in run.model.glob("*.safetensors"))
+        guards = session.guard_losses(exported)
         counted = sum(p.numel() for p in exported.parameters())
         assert counted == pruned["parameters"], f"the export has {counted} parameters, {pruned['parameters']} planned"
     gates = load_gates(run.gates, description.groups, session.architecture)
@@ -330,7 +334,7 @@ def eval_stage(session: Session) -> dict[str, Any]:
     if "refit" in results["updates"]:
         results["refit"] = read_json(run.refit, f"secateur refit {run.folder}")
     results["fixing"] = gates.about.get("fixing")
-    results["join"] = join
+    results |= {"join": join, "guards": guards}
     if tasks is not None:
         with session.timed("score"):
             results["tasks"] = tasks.compare(
@@ -374,7 +378,7 @@ def remaining_stages(session: Session) -> dict[str, Any]:
     run = session.run
     if not run.gates.exists():
         # What is wrong is better known before learning, and before the model writes itself a text.
-        _tasks, _limits, _text = session.tasks, budget_of(session), _evaluation_windows(session)
+        _ = session.tasks, budget_of(session), _evaluation_windows(session), session.guards
         learn_stage(session)
     if not run.plan.exists():
         plan_stage(session)
