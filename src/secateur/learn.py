@@ -1,10 +1,10 @@
 """The learning loop: frozen weights, one vector of gates, multipliers that hold the budget.
 
-Serves `secateur learn`. Each step: the teacher's logits (gates off), the student's (gates on), the gradient of
+Serves `secateur learn`. Each step: the teacher's pass (gates off), the student's (gates on), the gradient of
 L_ce + η L_kl by the gates alone, one step of the optimiser. Nothing in it is random once the data is in order, but for
 the noise of a method that samples its gates.
 
-Shape suffixes: N units of the whole model, B batch, T positions.
+Shape suffixes: N units of the whole model, B batch, T positions, D hidden size.
 """
 
 import json
@@ -30,6 +30,7 @@ from secateur.optimise import Optimiser, Step
 from secateur.relaxation import RELAXATIONS
 from secateur.sensitivity import balanced, gate_sensitivity, weighted
 from secateur.units import Group
+from secateur.vocabulary import Vocabulary
 
 SAMPLES = 4
 """Samples of noisy gates over which a held-out loss is averaged."""
@@ -118,6 +119,10 @@ def learn(
     batches = calibration_NT.split(batch_size)[:steps]
     assert len(batches) == steps, f"{steps} steps need {steps} batches, got {len(batches)}"
 
+    gated = Vocabulary(model)
+    whole = gated if teacher is None else Vocabulary(teacher)
+    head = gated.head()
+    teacher_head = head if whole is gated else whole.head()
     state = optimiser.state(), fixing
     try:
         while optimiser.done < steps:
@@ -127,13 +132,13 @@ def learn(
             gate_N = optimiser.train_gates(z_N)
             ids_BT = batches[optimiser.done].to(device)
             with torch.no_grad():
-                teacher_BTV = (teacher or model)(ids_BT, use_cache=False).logits
+                teacher_BTD = whole.hidden(ids_BT)
             # Gates stay on to the end of the backward pass, which may compute the layers once more.
             with attached(model, groups, by_group(gate_N, groups)):
                 with recomputing(model, gradient_checkpointing):
-                    student_BTV = model(ids_BT, use_cache=False).logits
+                    student_BTD = gated.hidden(ids_BT)
                 loss, ce, kl = distillation_loss(
-                    student_BTV, teacher_BTV, ids_BT, recipe.kd_weight, recipe.kd_temperature
+                    student_BTD, teacher_BTD, ids_BT, recipe.kd_weight, recipe.kd_temperature, head, teacher_head
                 )
                 (grad_N,) = torch.autograd.grad(loss, z_N)
             if not (torch.isfinite(loss) and torch.isfinite(grad_N).all()):
