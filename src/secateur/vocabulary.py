@@ -113,12 +113,12 @@ class Vocabulary:
         return None
 
     def _run(self, ids_BT: Tensor) -> tuple[Tensor, type[ModelOutput], Tensor]:
-        """The model with a head that only sees the first position: hidden states of all, and what they came in."""
+        """The model with a head that only sees one position: hidden states of all, and what they came in."""
         found: list[ModelOutput] = []
 
         def cut(_module: nn.Module, _args: Any, output: ModelOutput) -> ModelOutput:
             found.append(output)
-            return type(output)(**{**output, "last_hidden_state": output["last_hidden_state"][:, :1]})
+            return type(output)(**{**output, "last_hidden_state": output["last_hidden_state"][:1, :1]})
 
         hook = self.model.base_model.register_forward_hook(cut)
         try:
