@@ -11,6 +11,7 @@ from secateur.describe import describe
 from secateur.gates import by_group
 from secateur.sensitivity import ROWS_AT_ONCE, balanced, drawn, gate_sensitivity, weighted
 from secateur.units import Group
+from secateur.vocabulary import LOGITS_AT_ONCE
 
 
 def brute_force(model, groups, ids_NT, seed):
@@ -30,7 +31,8 @@ def brute_force(model, groups, ids_NT, seed):
 
 
 @pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 4}])
-def test_sensitivity_equals_squared_gradients_of_sequences_that_the_model_labels(changes):
+def test_sensitivity_equals_squared_gradients_of_sequences_that_the_model_labels(changes, monkeypatch):
+    monkeypatch.setitem(LOGITS_AT_ONCE, "cpu", 4 * 64 * 5)  # 5 rows at a time, of 8 a sequence
     model = small_llama(**changes)
     groups = describe(model).groups
     ids_NT = random_tokens(3, 9)
