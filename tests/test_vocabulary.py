@@ -44,11 +44,12 @@ def plain(student_BTV, teacher_BTV, ids_BT, kd_weight, temperature):
 
 def losses_and_gradients(model, groups, gate_N, ids_BT, temperature, precision="float32"):
     """In chunks, and plainly: the loss of the gated model and its gradient by the gates."""
-    cut, results = Vocabulary(model), []
-    assert cut.whole is None
+    results = []
     for chunked in (True, False):
         z_N = gate_N.clone().requires_grad_()
         with autocast(CPU, precision):
+            cut = Vocabulary(model)
+            assert cut.whole is None
             with torch.no_grad():
                 teacher = cut.hidden(ids_BT) if chunked else model(ids_BT).logits
             with attached(model, groups, by_group(z_N, groups)):
@@ -94,11 +95,13 @@ def test_under_autocast_the_head_is_lowered_once_for_all_chunks(monkeypatch):
     model, seen = small_llama(), []
     hidden_RD = torch.randn(8, 32)
     with autocast(CPU, "bfloat16"), torch.no_grad():
-        head = Vocabulary(model).head()
+        cut = Vocabulary(model)
+        head = cut.head()
         model.lm_head.register_forward_hook(lambda module, *_: seen.append(module.weight))
         logits_RV = torch.cat([head.logits(hidden_RD[part]) for part in head.chunks(8, CPU)])
+        cut.hidden(random_tokens(2, 9))
         expected_RV = F.linear(hidden_RD, model.lm_head.weight)
-    assert len(seen) == 4 and {w.dtype for w in seen} == {torch.bfloat16} and len({w.data_ptr() for w in seen}) == 1
+    assert len(seen) == 5 and {w.dtype for w in seen} == {torch.bfloat16} and len({w.data_ptr() for w in seen}) == 1
     assert torch.equal(logits_RV, expected_RV)
     assert model.lm_head.weight.dtype == torch.float32
 
@@ -159,11 +162,13 @@ def test_no_tensor_of_tokens_times_vocabulary_is_ever_whole(work, monkeypatch):
         assert largest_of(work) >= WHOLE_LOGITS
 
 
-@pytest.mark.parametrize(("words", "rows"), [(49_152, 341), (262_144, 64), (2**27, 1)])
-def test_chunks_are_as_large_as_memory_says(words, rows):
+@pytest.mark.parametrize(("words", "most", "rows"), [(49_152, 341, 334), (262_144, 64, 63), (2**27, 1, 1)])
+def test_chunks_are_even_and_as_large_as_memory_says(words, most, rows):
     parts = list(vocabulary.given(words).chunks(1000, CPU))
-    assert parts[0] == slice(0, rows) and len(parts) == math.ceil(1000 / rows)
-    assert 4 * words * rows <= 2**26 or rows == 1
+    assert {part.stop - part.start for part in parts} == {rows} and len(parts) == math.ceil(1000 / most)
+    assert parts[0].start == 0 and parts[-1].stop >= 1000
+    assert 4 * words * most <= 2**26 < 4 * words * (most + 1) or most == 1
+    assert not list(vocabulary.given(words).chunks(0, CPU))
 
 
 # --- models that cannot be cut ---------------------------------------------------------------------------------------
@@ -261,6 +266,7 @@ def test_a_head_that_is_trained_is_refused():
     """Its gradient would be lost."""
     model = small_llama()
     model.lm_head.requires_grad_(True)
-    cut = Vocabulary(model)
+    head, hidden_RD = Vocabulary(model).head(), torch.zeros(2, 32)
+    assert head.logits(hidden_RD).shape == (2, 64)
     with pytest.raises(AssertionError, match="head"):
-        cut.head()
+        head.logits(hidden_RD.requires_grad_())

@@ -15,6 +15,7 @@ out τ² and take a linear map for the head, without caps or scales.
 Shape suffixes: B batch, T positions, R = B·T rows, D hidden size, V vocabulary.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -45,10 +46,11 @@ class Head:
     logits: Callable[[Tensor], Tensor]
 
     def chunks(self, rows: int, device: torch.device) -> Iterator[slice]:
-        """Chunks of so many rows, each within LOGITS_AT_ONCE."""
+        """Chunks of so many rows, of one size and as few as LOGITS_AT_ONCE lets be."""
         room = LOGITS_AT_ONCE["cpu" if device.type == "cpu" else "other"]
-        size = max(1, room // (4 * self.words))
-        return (slice(start, start + size) for start in range(0, rows, size))
+        count = math.ceil(rows / max(1, room // (4 * self.words)))
+        size = math.ceil(rows / max(1, count))
+        return (slice(start, start + size) for start in range(0, rows, size or 1))
 
 
 def given(words: int) -> Head:
@@ -57,7 +59,7 @@ def given(words: int) -> Head:
 
 
 class Vocabulary:
-    """A causal LM, cut in two before its output head, which is frozen.
+    """A causal LM, cut in two before its output head, which is frozen; good for as long as autocast stays as it is.
 
     Looking at a model takes one pass over three tokens.
     """
@@ -68,7 +70,10 @@ class Vocabulary:
         self.whole: str | None = None
         """Why logits are made at once; None: they are made in chunks."""
         self._output: type[ModelOutput] | None = None
+        self._weights: dict[str, Tensor] = {}
         self.whole = self._reason()
+        if self.whole is None:
+            self._weights = self._lowered()
         if self.whole is not None:
             warnings.warn(f"logits of all tokens of a batch are held at once: {self.whole}", stacklevel=2)
 
@@ -77,17 +82,18 @@ class Vocabulary:
         if self.whole is not None:
             logits_BTV: Tensor = self.model(ids_BT, use_cache=False).logits
             return logits_BTV
-        hidden_BTD, _output, _logits = self._run(ids_BT)
-        return hidden_BTD
+        return self._run(ids_BT)
 
     def head(self) -> Head:
-        """The head, good for as long as weights and autocast stay as they are."""
+        """The head."""
         if self.whole is not None:
             return given(self.words)
-        weights = self._lowered()
+        output = self.model.get_output_embeddings()
+        trained = output is not None and any(p.requires_grad for p in output.parameters())
 
         def logits(hidden_RD: Tensor) -> Tensor:
-            return self._logits(hidden_RD[None], weights)[0]
+            assert not (trained and hidden_RD.requires_grad), "no gradient reaches the head's weights"
+            return self._logits(hidden_RD[None])[0]
 
         return Head(self.words, logits)
 
@@ -101,8 +107,8 @@ class Vocabulary:
         if self.model.base_model is self.model:
             return f"{name} is not a base model and a head"
         try:
-            hidden_BTD, self._output, _logits = self._run(ids_BT)
-            apart = [self._logits(hidden_BTD[:, part], {}) for part in (slice(0, 2), slice(2, 3))]
+            hidden_BTD = self._run(ids_BT)
+            apart = [self._logits(hidden_BTD[:, part]) for part in (slice(0, 2), slice(2, 3))]
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             return f"the head of {name} does not read its base model's last hidden states alone ({error})"
         found_BTV = torch.cat(apart, dim=1) if apart[0].shape[-1] == self.words else apart[0]
@@ -112,8 +118,8 @@ class Vocabulary:
             return f"the head of {name} gives other logits for a row of hidden states alone than among others"
         return None
 
-    def _run(self, ids_BT: Tensor) -> tuple[Tensor, type[ModelOutput], Tensor]:
-        """The model with a head that only sees one position: hidden states of all, and what they came in."""
+    def _run(self, ids_BT: Tensor) -> Tensor:
+        """Hidden states of all positions, from the whole model with a head that only sees one of them."""
         found: list[ModelOutput] = []
 
         def cut(_module: nn.Module, _args: Any, output: ModelOutput) -> ModelOutput:
@@ -122,28 +128,30 @@ class Vocabulary:
 
         hook = self.model.base_model.register_forward_hook(cut)
         try:
-            logits = self.model(ids_BT, use_cache=False).logits
+            self._call(ids_BT)
         finally:
             hook.remove()
         if len(found) != 1:
             raise ValueError(f"the base model runs {len(found)} times")
+        self._output = type(found[0])
         hidden_BTD: Tensor = found[0]["last_hidden_state"]
-        return hidden_BTD, type(found[0]), logits
+        return hidden_BTD
 
-    def _logits(self, hidden_BTD: Tensor, weights: dict[str, Tensor]) -> Tensor:
+    def _logits(self, hidden_BTD: Tensor) -> Tensor:
         """The model's own way from hidden states to logits; of token ids it only sees the shape."""
         assert self._output is not None
         ids_BT = torch.zeros(hidden_BTD.shape[:2], dtype=torch.long, device=hidden_BTD.device)
         with _standing_still(self.model.base_model, self._output(last_hidden_state=hidden_BTD)):
-            output = functional_call(self.model, weights, (ids_BT,), {"use_cache": False}, tie_weights=False)
+            return self._call(ids_BT)
+
+    def _call(self, ids_BT: Tensor) -> Tensor:
+        output = functional_call(self.model, self._weights, (ids_BT,), {"use_cache": False}, tie_weights=False)
         logits_BTV: Tensor = output.logits
         return logits_BTV
 
     def _lowered(self) -> dict[str, Tensor]:
-        """The head's weights as autocast would make them for every chunk anew, by name; none without autocast."""
+        """The head's weights, by name, as autocast would otherwise make them for every call anew; none without it."""
         head = self.model.get_output_embeddings()
-        trained = head is not None and torch.is_grad_enabled() and any(p.requires_grad for p in head.parameters())
-        assert not trained, "no gradient reaches the head's weights"
         if not isinstance(head, nn.Linear) or not torch.is_autocast_enabled(head.weight.device.type):
             return {}
         dtype = torch.get_autocast_dtype(head.weight.device.type)
