@@ -51,7 +51,7 @@ def child(options: argparse.Namespace) -> None:
     words = model.get_input_embeddings().num_embeddings
     ids_NT = torch.randint(words, (options.batch_size, options.seq_len), generator=torch.manual_seed(0))
     if options.way != "chunks":
-        vocabulary.LOGITS_AT_ONCE["cpu"] = sys.maxsize
+        vocabulary.LOGITS_AT_ONCE["cpu"] = vocabulary.ROWS_AT_ONCE["cpu"] = sys.maxsize
     if options.way == "by the book":
         learning.distillation_loss = by_the_book
     losses: list[float] = []

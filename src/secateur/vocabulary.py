@@ -28,9 +28,13 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-LOGITS_AT_ONCE = {"cpu": 2**26, "other": 2**28}
-"""Bytes of the float32 logits of a chunk, of which a loss holds about three times as much: student's, teacher's and
-gradient. On a CPU as little as keeps its matrix products fast with a vocabulary of 262,144 words."""
+LOGITS_AT_ONCE = {"cpu": 2**28, "other": 2**29}
+"""Bytes that the float32 logits of a chunk may take; a loss holds about three times as much: student's, teacher's and
+gradient."""
+
+ROWS_AT_ONCE = {"cpu": 256, "other": 1024}
+"""Rows of a chunk, where that memory lets them be so many: with fewer the head's weights, read anew for every chunk,
+take longer than the products with them, however many words there are."""
 
 SAME_LOGITS = 0.01
 """Difference, of the largest logit, below which two ways to logits are one: far above rounding in any dtype or kernel,
@@ -46,9 +50,10 @@ class Head:
     logits: Callable[[Tensor], Tensor]
 
     def chunks(self, rows: int, device: torch.device) -> Iterator[slice]:
-        """Chunks of so many rows, of one size and as few as LOGITS_AT_ONCE lets be."""
-        room = LOGITS_AT_ONCE["cpu" if device.type == "cpu" else "other"]
-        count = math.ceil(rows / max(1, room // (4 * self.words)))
+        """Chunks of so many rows, of one size, within LOGITS_AT_ONCE and ROWS_AT_ONCE."""
+        kind = "cpu" if device.type == "cpu" else "other"
+        most = min(ROWS_AT_ONCE[kind], LOGITS_AT_ONCE[kind] // (4 * self.words))
+        count = math.ceil(rows / max(1, most))
         size = math.ceil(rows / max(1, count))
         return (slice(start, start + size) for start in range(0, rows, size or 1))
 
