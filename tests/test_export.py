@@ -312,7 +312,13 @@ def test_tokenizer_chat_template_generation_config_and_card_come_along(tmp_path:
     description = describe(model)
     words = tokenizer()
     export(
-        model, words, description, random_plan(description), tmp_path / "model", card="# Card\n", base_model="me/base"
+        model,
+        words,
+        description,
+        random_plan(description),
+        tmp_path / "model",
+        card=lambda _stock: "# Card\n",
+        base_model="me/base",
     )
     loaded = AutoTokenizer.from_pretrained(tmp_path / "model", trust_remote_code=True)
     assert loaded("w5 w7").input_ids == [5, 7]
@@ -365,5 +371,12 @@ def test_llama_whose_heads_differ_by_layer_is_written_so_that_its_tokenizer_load
     ids = random_tokens(2, 12)
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "model", trust_remote_code=True).eval()
     torch.testing.assert_close(exported(ids).logits, gated_logits(model, description, plan, ids), rtol=1e-4, atol=1e-4)
-    if written == "mistral":
-        assert AutoTokenizer.from_pretrained(tmp_path / "model")("w1 w2")["input_ids"] == [4, 5]
+    assert AutoTokenizer.from_pretrained(tmp_path / "model")("w1 w2")["input_ids"] == [4, 5]
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text", "deepseek_v2"])
+def test_what_reads_the_configuration_alone_needs_no_code(tmp_path: Path, model_type: str) -> None:
+    """Tokenizers and servers do; these configurations look at a head count that layers do not share."""
+    _model, description, plan = pruned(tmp_path / "model", model_type)
+    heads = {len(plan.kept[g.name]) for g in description.groups if g.attends}
+    assert len(heads) > 1 and AutoConfig.from_pretrained(tmp_path / "model").is_heterogeneous

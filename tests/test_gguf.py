@@ -131,9 +131,27 @@ def test_matrices_have_the_type_asked_for_and_norms_stay_float32(kind, matrices,
     assert abs(llamacpp._greedy(server, ids, 1).logprobs[0] - expected.logprobs[0]) < 0.05
 
 
-def test_q8_0_refuses_rows_that_no_zeros_can_fill(tmp_path):
-    checkpoint = exported(tmp_path)
-    with pytest.raises(InputError, match=r"token_embd.weight has rows of 48, and q8_0 wants a multiple of 32.*f16"):
+def test_q8_0_takes_layers_without_attention_or_mlp(tmp_path):
+    sizes = {"hidden_size": 64, "head_dim": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+    checkpoint = exported(tmp_path, close=(ATTENTION.format(1), CHANNELS.format(2)), **sizes)
+    write_gguf(checkpoint, tmp_path / "x.gguf", "q8_0", tokenizer=False)
+    assert said(tmp_path / "x.gguf")["deci.feed_forward_length"] == [32, 32, 32]
+    ids = tokens(batch=1, length=9)[0].tolist()
+    (expected,) = hf.greedy(checkpoint, [ids], 1)
+    server = llamacpp.serve(tmp_path / "x.gguf", 16)
+    assert abs(llamacpp._greedy(server, ids, 1).logprobs[0] - expected.logprobs[0]) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("sizes", "what"),
+    [
+        ({}, "token_embd.weight has rows of 48"),
+        ({"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 4}, "attn_output.weight has rows of 16"),
+    ],
+)
+def test_q8_0_refuses_rows_that_no_zeros_can_fill(sizes, what, tmp_path):
+    checkpoint = exported(tmp_path, **sizes)
+    with pytest.raises(InputError, match=f"{what}, and q8_0 wants a multiple of 32.*f16"):
         write_gguf(checkpoint, tmp_path / "x.gguf", "q8_0", tokenizer=False)
     assert not (tmp_path / "x.gguf").exists() and not leftovers(tmp_path)
 

@@ -438,8 +438,9 @@ def test_shapes_are_compared_before_anything_is_written(mixture, tmp_path, capsy
     said = " ".join(capsys.readouterr().out.split())
     assert {path: path.read_bytes() for path in before} == before
     costs, refused = compare_shapes(open_session(run))
-    assert [c.shape for c in costs] == ["dense", "ragged", "uniform", "padded"] and not refused
-    dense, ragged, uniform, padded = costs
+    assert [c.shape for c in costs] == ["dense", "ragged", "uniform", "padded", "tp:2"]
+    assert [line.partition(": ")[0] for line in refused] == ["aligned:32", "aligned:64", "aligned:128"]
+    dense, ragged, uniform, padded, _ranks = costs
     assert ragged.sizes.parameters == results["pruned"]["parameters"] <= padded.sizes.parameters
     assert ragged.held_out == pytest.approx(results["rounding"]["held_out_planned"])
     assert uniform.sizes.parameters < dense.sizes.parameters

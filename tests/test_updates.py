@@ -27,7 +27,16 @@ def folder(request, tmp_path):
     model = tiny("llama", tie_word_embeddings=tied)
     description = describe(model)
     plan = random_plan(description, close=("layers.1.channels",))
-    export(model, None, description, plan, tmp_path / "model", card="A card", max_shard_size=shard, dtype=dtype)
+    export(
+        model,
+        None,
+        description,
+        plan,
+        tmp_path / "model",
+        card=lambda _stock: "A card",
+        max_shard_size=shard,
+        dtype=dtype,
+    )
     return tmp_path / "model"
 
 

@@ -8,14 +8,33 @@ Shape suffixes: N units of the whole model, C constraints.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import floor, prod
+from math import ceil, floor, prod
 
 import torch
 
 from secateur.config import Tie
 from secateur.describe import Description
 from secateur.files import InputError
-from secateur.units import Group, Shapes, Size, alignment, sliced_shapes, unit_params, whole
+from secateur.policy import RAGGED, Policy, nearest, permitted
+from secateur.units import Group, Shapes, Size, sliced_shapes, unit_params, whole
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A group whose units go together in rows, by their rank: a kept set then has one of a few widths.
+
+    The first row holds the best units, as many as the least width, the next one those up to the next width, and so on;
+    of experts, as many of each. A row stays only if the rows before it do.
+    """
+
+    where: slice
+    """The group's units among all."""
+    widths: tuple[int, ...]
+    """What the group, or each of its experts, may be wide, rising; units beyond the last are never kept."""
+    experts: int = 0
+    """How many experts the units are those of; 0: none."""
+    can_go: bool = False
+    """Whether experts without a unit of rank above 0 go whole, and not by rows."""
 
 
 @dataclass
@@ -31,8 +50,11 @@ class Budget:
     allowed_C: torch.Tensor
     """Parameters that each constraint may keep, int64."""
     tie: Tie | None = None
-    mixtures: tuple[tuple[slice, int, bool], ...] = ()
-    """Of each group of experts, where its units are, how many experts it has, and whether these can go."""
+    """What of a mixture goes together."""
+    policy: Policy = RAGGED
+    """The shape that `rows` follow from."""
+    rows: tuple[Rows, ...] = ()
+    """Groups whose units go together."""
 
     def __post_init__(self) -> None:
         total_C = torch.zeros_like(self.allowed_C).index_add(0, self.constraint_N, self.params_N)
@@ -58,23 +80,44 @@ class Budget:
         return replace(self, **moved)
 
 
-def make_budget(groups: Sequence[Group], shapes: Shapes, sparsity: float, scope: str, tie: Tie | None = None) -> Budget:
+def make_budget(
+    groups: Sequence[Group],
+    shapes: Shapes,
+    sparsity: float,
+    scope: str,
+    tie: Tie | None = None,
+    policy: Policy = RAGGED,
+) -> Budget:
     """The constraints that remove the share `sparsity` of all parameters that belong to units.
 
     With scope `layer` or `expert` all layers keep as many units of a kind: heads rounded to the nearest whole number,
     channels take up the rest; `expert` asks the same of the experts of a layer. `tie` says what of a mixture goes
-    together. Raises InputError when no equal widths meet the budget.
+    together, `policy` which widths there may be, at least one for each group (`Description.check_shape`). Raises
+    InputError when no such widths meet the budget.
     """
     params = {g.name: unit_params(g, shapes) for g in groups}
+
+    def wrong(shape: Policy) -> str | None:
+        try:
+            _equal_or_checked(groups, params, sparsity, scope, tie, shape)
+        except InputError as error:
+            return str(error)
+        return None
+
+    if not policy.free and (reason := wrong(policy)):
+        instead = nearest(policy, lambda shape: all(permitted(g, shape) for g in groups) and not wrong(shape), groups)
+        raise InputError(f"{reason}; {instead}" if instead else reason)
+    widths = _equal_or_checked(groups, params, sparsity, scope, tie, policy)
     equal = scope in ("layer", "expert")
-    if tie == "experts":
-        _check_whole_experts(groups, scope)
-    widths = dict(_equal_widths(groups, params, sparsity, tie)) if equal else {}
     allowed: dict[str, int] = {}
     numbers: dict[str, int] = {}
-    constraints, mixtures, start = [], [], 0
+    constraints, start = [], 0
+    rows: list[Rows] = []
     for g in groups:
-        mixtures += [(slice(start, start + g.units), g.experts, not g.shared)] if g.experts else []
+        free = policy.free and not g.experts
+        if not free and not (g.experts and (tie is None or scope == "expert")):
+            where = slice(start, start + g.units)
+            rows.append(Rows(where, permitted(g, policy), g.experts, bool(g.experts) and not g.shared))
         start += g.units
         parts = g.experts if scope == "expert" and g.experts else 1
         for part in range(parts):
@@ -84,13 +127,15 @@ def make_budget(groups: Sequence[Group], shapes: Shapes, sparsity: float, scope:
             constraints.append(torch.full((g.units // parts,), numbers.setdefault(name, len(numbers))))
     if not equal:
         allowed = {name: floor((1.0 - sparsity) * total + 1e-6) for name, total in allowed.items()}
+    mixed = any(g.experts for g in groups)
     return Budget(
         tuple(allowed),
         torch.cat(constraints),
         torch.cat([torch.full((g.units,), params[g.name]) for g in groups]),
         torch.tensor(list(allowed.values())),
-        tie if mixtures and scope != "expert" else None,
-        tuple(mixtures),
+        tie if mixed and scope != "expert" else None,
+        policy,
+        tuple(rows),
     )
 
 
@@ -104,13 +149,14 @@ def everything(groups: Sequence[Group]) -> Budget:
 def largest_that_fits(rank_N: torch.Tensor, limits: Budget) -> torch.Tensor:
     """The kept set, a mask of shape (N,): units by falling rank as long as they fit, then smaller ones that do.
 
-    Where units are tied, by the mean rank of those that go together.
+    Where units go together, by their mean rank: ranks stand for what a parameter is worth, and the units of a group
+    are of one size, so a row is worth the mean of its units.
     """
     rank_N, device = rank_N.detach().cpu(), rank_N.device
     params_N, constraint_N = limits.params_N.cpu(), limits.constraint_N.cpu()
-    if limits.tie is None:
+    if not limits.rows:
         return _fitting(rank_N, params_N, constraint_N, limits.allowed_C).to(device)
-    owner_N = _tied(rank_N, limits)
+    owner_N, chain_N = _tied(rank_N, limits)
     has_N = owner_N >= 0
     if not has_N.any():
         return torch.zeros(len(rank_N), dtype=torch.bool, device=device)
@@ -119,19 +165,30 @@ def largest_that_fits(rank_N: torch.Tensor, limits: Budget) -> torch.Tensor:
     rank_O = torch.zeros(count).index_add(0, owner_M, rank_N[has_N].float()) / size_O
     params_O = torch.zeros(count, dtype=torch.int64).index_add(0, owner_M, params_N[has_N])
     constraint_O = torch.zeros(count, dtype=torch.int64).index_copy(0, owner_M, constraint_N[has_N])
-    kept_O = _fitting(rank_O, params_O, constraint_O, limits.allowed_C)
+    chain_O = torch.zeros(count, dtype=torch.int64).index_copy(0, owner_M, chain_N[has_N])
+    for rows in range(len(limits.rows)):  # a short row's mean may be rounded above that of the row before it
+        rank_O[chain_O == rows] = rank_O[chain_O == rows].cummin(0).values
+    kept_O = _fitting(rank_O, params_O, constraint_O, limits.allowed_C, chain_O)
     return (kept_O[owner_N] & has_N).to(device)
 
 
 def _fitting(
-    rank_N: torch.Tensor, params_N: torch.Tensor, constraint_N: torch.Tensor, allowed_C: torch.Tensor
+    rank_N: torch.Tensor,
+    params_N: torch.Tensor,
+    constraint_N: torch.Tensor,
+    allowed_C: torch.Tensor,
+    chain_N: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    """By falling rank what fits, a mask; of a chain (−1: none), nothing after what does not."""
     kept_N = torch.zeros(len(rank_N), dtype=torch.bool)
     ranked = rank_N.argsort(descending=True, stable=True)
     for constraint, allowed in enumerate(allowed_C.tolist()):
         waiting = ranked[constraint_N[ranked] == constraint]
         while len(waiting):
-            waiting = waiting[params_N[waiting] <= allowed]
+            fits = params_N[waiting] <= allowed
+            if chain_N is not None:
+                fits = _in_turn(fits, chain_N[waiting])
+            waiting = waiting[fits]
             taken = params_N[waiting].cumsum(0) <= allowed
             kept_N[waiting[taken]] = True
             allowed -= int(params_N[waiting[taken]].sum())
@@ -139,22 +196,34 @@ def _fitting(
     return kept_N
 
 
-def _tied(rank_N: torch.Tensor, limits: Budget) -> torch.Tensor:
-    """The number of what each unit belongs to, shape (N,): itself, an expert, or a few rows of its layer's experts (as
-    many as `ALIGNED`). −1 for experts without a unit of rank above 0, which go whole, if they can, and not by rows."""
-    owner_N = torch.arange(len(rank_N))
-    for where, experts, can_go in limits.mixtures:
-        rank_EC = rank_N[where].unflatten(0, (experts, -1))
-        if limits.tie == "experts":
-            first_E = owner_N[where].unflatten(0, (experts, -1))[:, :1]
-            owner_N[where] = first_E.expand_as(rank_EC).flatten()
+def _in_turn(fits_W: torch.Tensor, chain_W: torch.Tensor) -> torch.Tensor:
+    """Of what waits in order, what fits and stands in its chain behind nothing that does not."""
+    place_W, number_W = torch.arange(len(fits_W)), chain_W + 1
+    first = torch.full((int(number_W.max()) + 1,), len(fits_W))  # of each chain, what does not fit
+    first.scatter_reduce_(0, number_W[~fits_W], place_W[~fits_W], "amin")
+    return fits_W & ((chain_W < 0) | (place_W < first[number_W]))
+
+
+def _tied(rank_N: torch.Tensor, limits: Budget) -> tuple[torch.Tensor, torch.Tensor]:
+    """The number of what each unit belongs to, shape (N,): itself, an expert, or a row (of its layer's experts: of all
+    of them). −1 for units that cannot stay: those beyond the last width, and experts that go whole.
+
+    And the number of the `Rows` it is in, −1 where it is in none.
+    """
+    owner_N, chain_N = torch.arange(len(rank_N)), torch.full((len(rank_N),), -1)
+    for number, rows in enumerate(limits.rows):
+        rank_EC = rank_N[rows.where].unflatten(0, (rows.experts or 1, -1))
+        if rows.experts and limits.tie == "experts":
+            first_E = owner_N[rows.where].unflatten(0, (rows.experts, -1))[:, :1]
+            owner_N[rows.where] = first_E.expand_as(rank_EC).flatten()
             continue
-        row_EC = rank_EC.argsort(dim=1, descending=True, stable=True).argsort(dim=1) // alignment(rank_EC.shape[1])
-        stays_E1 = (rank_EC > 0).any(1, keepdim=True) | (not can_go)
-        owner_EC = torch.where(stays_E1, where.start + row_EC, -1)
-        owner_N[where] = owner_EC.flatten()
+        place_EC = rank_EC.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        row_EC = torch.searchsorted(torch.tensor(rows.widths), place_EC, right=True)
+        stays_EC = (row_EC < len(rows.widths)) & ((rank_EC > 0).any(1, keepdim=True) | (not rows.can_go))
+        owner_N[rows.where] = torch.where(stays_EC, rows.where.start + row_EC, -1).flatten()
+        chain_N[rows.where] = number
     numbers, compact_N = owner_N.unique(return_inverse=True)
-    return compact_N - int(numbers[0] < 0)
+    return compact_N - int(numbers[0] < 0), chain_N
 
 
 def ranked(score_N: torch.Tensor, kept_N: torch.Tensor) -> torch.Tensor:
@@ -169,16 +238,57 @@ def ranked(score_N: torch.Tensor, kept_N: torch.Tensor) -> torch.Tensor:
     return torch.where(kept_N, rank_N, rank_N - 1.0)
 
 
-def _check_whole_experts(groups: Sequence[Group], scope: str) -> None:
+def _equal_or_checked(
+    groups: Sequence[Group], params: Mapping[str, int], sparsity: float, scope: str, tie: Tie | None, policy: Policy
+) -> dict[str, int]:
+    """Group name → units, where widths are equal by layer. Raises InputError where a policy cannot meet a budget."""
+    if tie == "experts":
+        _check_whole_experts(groups, scope, policy)
+    if scope in ("layer", "expert"):
+        return dict(_equal_widths(groups, params, sparsity, tie, policy))
+    if not policy.free:
+        _check_reach(groups, params, sparsity, scope, policy)
+    return {}
+
+
+def _check_whole_experts(groups: Sequence[Group], scope: str, policy: Policy) -> None:
     """Raises InputError where experts cannot go whole."""
+    if any(g.experts and g.width not in permitted(g, policy) for g in groups):
+        raise InputError(f"--shape {policy}: this method removes whole experts, and their width does not divide so")
     if scope == "expert":
         raise InputError("this method removes whole experts, so equal widths of all experts contradict it")
     if any(g.experts and g.shared for g in groups):
         raise InputError("this method removes whole experts, and those with biases give these without any channel, too")
 
 
+def _check_reach(
+    groups: Sequence[Group], params: Mapping[str, int], sparsity: float, scope: str, policy: Policy
+) -> None:
+    """Raises InputError where the widths of a policy cannot come within a row of a budget: the widest together leave
+    too much of it, or the narrowest is already too wide."""
+    for kind in dict.fromkeys(g.kind for g in groups) if scope == "kind" else [None]:
+        within = [g for g in groups if kind in (None, g.kind)]
+        each = {g.name: params[g.name] * (g.experts or 1) for g in within}
+        least = min(each[g.name] * permitted(g, policy)[0] for g in within)
+        most = sum(each[g.name] * permitted(g, policy)[-1] for g in within)
+        total = sum(each[g.name] * g.width for g in within)
+        room = floor((1.0 - sparsity) * total + 1e-6)
+        if room < least:
+            raise InputError(f"--sparsity {sparsity:g} leaves no room for any width that --shape {policy} permits")
+        if room - most >= least:
+            raise _unspent(policy, most / total, kind or "the units", sparsity)
+
+
+def _unspent(policy: Policy, most: float, what: str, sparsity: float) -> InputError:
+    """The error for a budget that a policy cannot spend."""
+    return InputError(
+        f"--shape {policy} permits no more than {most:.1%} of the parameters in {what}, and --sparsity {sparsity:g} "
+        f"asks to keep more: use --sparsity {ceil(1000 * (1.0 - most) - 1e-9) / 1000:g} or above"
+    )
+
+
 def _equal_widths(
-    groups: Sequence[Group], params: Mapping[str, int], sparsity: float, tie: Tie | None
+    groups: Sequence[Group], params: Mapping[str, int], sparsity: float, tie: Tie | None, policy: Policy
 ) -> Iterator[tuple[str, int]]:
     """Units to keep of each group, or of each of its experts, so that all groups of a kind are equally wide, within the
     budget. One kind takes up what rounding leaves of it: experts' channels, else channels, else heads.
@@ -196,16 +306,21 @@ def _equal_widths(
     kept: dict[str, int] = {}
     for g in groups:
         if g.kind != last and g.kind not in tied:
-            kept.setdefault(g.kind, min(g.width, round(g.width * (1.0 - sparsity))))
+            near = round(g.width * (1.0 - sparsity))
+            kept.setdefault(g.kind, min(permitted(g, policy), key=lambda width: abs(width - near)) if near else 0)
             allowed -= float(kept[g.kind] * params[g.name])
     a_unit: float = sum((g.experts or 1) * params[g.name] for g in groups if g.kind == last)
     a_unit += sum(tied[g.kind] * params[g.name] for g in groups if g.kind in tied)
     kept[last] = min(filler.width, floor(allowed / a_unit + 1e-9))
-    if filler.experts and tie != "experts":
-        kept[last] -= kept[last] % alignment(filler.width)
+    if tie != "experts" or not filler.experts:
+        kept[last] = max((w for w in permitted(filler, policy) if w <= kept[last]), default=0)
+    unspent = allowed - kept[last] * a_unit
     kept |= {kind: round(kept[last] * multiple) for kind, multiple in tied.items()}
     if min(kept.values()) < 1:
         raise InputError(f"no equal widths remove {sparsity:.0%} of the units; use --shape ragged or lower --sparsity")
+    if not policy.free and unspent >= permitted(filler, policy)[0] * a_unit:
+        total = sum(g.units * params[g.name] for g in groups)
+        raise _unspent(policy, (1.0 - sparsity) - unspent / total, "the units", sparsity)
     yield from ((g.name, kept[g.kind]) for g in groups)
 
 

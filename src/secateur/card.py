@@ -10,6 +10,7 @@ from rich.table import Table
 
 from secateur.config import ONE_SHOT, Config
 from secateur.plan import COSTLY, Rounding
+from secateur.policy import policy_of
 from secateur.run import Run
 
 PAPER = "Deterministic Differentiable Structured Pruning for Large Language Models (arXiv 2603.08065)"
@@ -175,13 +176,15 @@ def model_card(
     updates: Sequence[str] = (),
     kinds: Collection[str] = ("heads", "channels"),
     own_code: bool = False,
+    stock: bool = False,
 ) -> str:
     """README.md of the exported checkpoint: what was done, with which data, and the figures as far as known.
 
     `updates` is what was done to its weights after pruning (updates.py), `kinds` what its units are.
-    `own_code`: transformers lacks the model, whose file is in the checkpoint.
+    `own_code`: transformers lacks the model, whose file is in the checkpoint. `stock`: its widths turned out equal.
     """
-    ragged = shape != "uniform"
+    policy = policy_of(shape)
+    ragged = not (policy.uniform or stock)
     recipe = config.learning
     assert recipe is not None
     header = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["pruned", "secateur"]}
@@ -190,7 +193,7 @@ def model_card(
         header["base_model"] = name
     code = ", trust_remote_code=True" if ragged or own_code else ""
     widths = (
-        "Widths differ by layer (`per_layer_config`); `modeling_pruned.py` in this folder builds them."
+        f"Widths differ by layer (`per_layer_config`{policy.said}); `modeling_pruned.py` in this folder builds them."
         if ragged
         else "All layers have the same widths; transformers lacks the model, so its file is in this folder."
         if own_code

@@ -17,7 +17,7 @@ from rich.console import Console
 from safetensors import SafetensorError
 
 from secateur import __version__
-from secateur.config import LEARNING_FIELDS, Config, Shape, load_config
+from secateur.config import LEARNING_FIELDS, AnyShape, Config, load_config
 from secateur.files import InputError
 from secateur.measure import Bench
 
@@ -73,10 +73,10 @@ class Plan:
 
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
-    shape: Shape | None = None
-    """Widths that differ by layer, the same in all layers, or by expert, too (default: the run's)."""
+    shape: AnyShape = None
+    """Widths of the export, as for `prune` (default: the run's); says what they cost beside ragged ones."""
     compare: bool = False
-    """Say what each shape would cost in loss and save in bytes and FLOPs, and write nothing."""
+    """Say what each usual shape, and `--shape`, would cost in loss and save in bytes and FLOPs, and write nothing."""
 
 
 @dataclass
@@ -85,8 +85,8 @@ class Export:
 
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
-    shape: Shape | None = None
-    """Widths that differ by layer, the same in all layers, or by expert, too (default: the plan's)."""
+    shape: AnyShape = None
+    """Widths of the export, as for `prune` (default: the plan's)."""
     low_memory: bool = False
     """Leave the dense weights on disk and cut one after the other: for models larger than memory. Takes a second copy
     of them in the run folder meanwhile. Memory: a few times the largest weight, and a shard (`--max-shard-size`)."""
@@ -203,18 +203,17 @@ def learn(options: Learn) -> None:
 def plan(options: Plan) -> None:
     """`secateur plan`."""
     if options.compare:
-        from secateur.planning import shapes_table
+        from secateur.planning import show
 
-        costs, refused = _staged(_open(options.run), "compare_shapes")
-        console.print(shapes_table(costs))
-        for line in refused:
-            console.print(f"not possible: {line}", markup=False)
-        return
-    _plan, rounding = _staged(_open(options.run), "plan_stage", shape=options.shape)
+        return show(console, *_staged(_open(options.run), "compare_shapes", shape=options.shape))
+    rounding, beside = _staged(_open(options.run), "plan_beside_ragged", shape=options.shape)
     console.print(
         f"{rounding.kept:.2%} of the unit parameters kept ({rounding.allowed:.2%} allowed, {rounding.open_gates:.2%} "
         f"as learned); held-out loss {rounding.held_out_learned:.4f} → {rounding.held_out_planned:.4f}"
     )
+    if beside is not None:
+        console.print(beside, markup=False)
+    return None
 
 
 def export(options: Export) -> None:

@@ -7,13 +7,14 @@ so that config.yaml repeats a run even if a later version changes the defaults.
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from secateur.files import InputError, write_text
+from secateur.policy import policy_of
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,11 @@ RECIPES = {"auto": auto_recipe, "paper": paper_recipe}
 
 Scope = Literal["model", "kind", "layer", "expert"]
 
-Shape = Literal["ragged", "uniform", "padded"]
+_SAID = tyro.conf.arg(metavar="ragged|uniform|padded|aligned:N|tp:K")
+Shape = Annotated[str, _SAID]
+"""Words that policy.py reads."""
+AnyShape = Annotated[str | None, _SAID]
+"""The same where the option may be left out."""
 
 Tie = Literal["rows", "experts"]
 """What of a mixture goes together: `rows`, the channels of the same rank in all experts of a layer, so that these stay
@@ -117,7 +122,7 @@ def tie_of(method: str, shape: str) -> Tie | None:
     """What of a mixture goes together."""
     if method in WHOLE_EXPERTS:
         return "experts"
-    return None if shape == "padded" else "rows"
+    return None if policy_of(shape).form == "padded" else "rows"
 
 
 def recipe_of(method: str, name: str, steps: int, binarise: bool) -> Recipe:
@@ -185,7 +190,9 @@ class Config:
     shape: Shape = "ragged"
     """Widths of the export: `ragged` lets every layer have its own, `uniform` gives a stock configuration, no code.
     The experts of a layer are stored equally wide in both; `padded` lets each keep what it learned to keep, and fills
-    them up to the widest with zeros."""
+    them up to the widest with zeros. `aligned:N` is ragged in multiples of N channels, which kernels and the groups of
+    quantisation want (32, 64, 128; GGUF's q8_0: 32); `tp:K` lets every layer divide over K ranks of tensor parallelism.
+    They combine: `tp:2,aligned:64`, `uniform,aligned:64`. The budget is the same; units move between layers."""
     refit: bool = False
     """Solve the output projections anew after pruning, in closed form, so that what is kept reproduces what the dense
     model computes; nothing changes unless it lowers the held-out loss."""
@@ -271,12 +278,14 @@ class Config:
             raise InputError(f"--kd-temperature must be above 0, not {self.kd_temperature}")
         if not re.fullmatch(r"\d+(\.\d+)? *([KMGT]i?B|B)?", self.max_shard_size, flags=re.IGNORECASE):
             raise InputError(f"--max-shard-size is a size such as 5GB or 500MB, not {self.max_shard_size!r}")
-        if self.shape == "uniform" and self.per not in (None, "layer", "expert"):
+        policy = policy_of(self.shape)
+        self.shape = str(policy)
+        if policy.uniform and self.per not in (None, "layer", "expert"):
             raise InputError(
-                f"--shape uniform needs equal widths, so --per {self.per} contradicts it; use --per expert"
+                f"--shape {policy} needs equal widths, so --per {self.per} contradicts it; use --per expert"
             )
-        if self.shape == "uniform" and self.method == "flap":
-            raise InputError("--method flap adds biases, which --shape uniform has no place for; use --shape ragged")
+        if policy.uniform and self.method == "flap":
+            raise InputError(f"--method flap adds biases, which --shape {policy} has no place for; use --shape ragged")
         if self.refit_rounds < 1:
             raise InputError(f"--refit-rounds must be at least 1, not {self.refit_rounds}")
         if self.refit_tokens is not None and self.refit_tokens < self.seq_len:
@@ -322,7 +331,7 @@ class Config:
             kd_temperature=recipe.kd_temperature if self.kd_temperature is None else self.kd_temperature,
         )
         per: Scope = "model"
-        if self.shape == "uniform":
+        if policy_of(self.shape).uniform:
             per = "expert"
         elif self.method in EQUAL_WIDTHS:
             per = "layer"

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from secateur.experts import is_fused
 from secateur.families import model_class
 from secateur.files import InputError
+from secateur.policy import check_permitted, policy_of
 from secateur.sublayers import RefusedError, Sublayer, attention, cache_of, parts_of
 from secateur.units import Group, Shapes, Size, sliced_shapes, unit_params
 
@@ -54,10 +55,13 @@ class Description:
         return sum(g.units * unit_params(g, self.shapes) for g in self.groups)
 
     def check_shape(self, shape: str) -> None:
-        """Raises InputError where a uniform shape would cut one of two widths that a stock configuration ties: that of
-        shared experts without a key of their own follows from that of the routed ones."""
+        """Raises InputError where a group can have none of the widths that a shape permits, or a uniform one would cut
+        one of two widths that a stock configuration ties: that of shared experts without a key of their own follows
+        from that of the routed ones."""
+        policy = policy_of(shape)
+        check_permitted(policy, self.groups, self.others)
         cut, whole = ({g.kind for g in groups if g.experts or not g.sizes} for groups in (self.groups, self.others))
-        if shape == "uniform" and cut and "shared_channels" in cut | whole and whole:
+        if policy.uniform and cut and "shared_channels" in cut | whole and whole:
             raise InputError(
                 "a stock configuration derives the shared experts' width from that of the routed ones: with --shape "
                 "uniform say --units expert_channels shared_channels, or use --shape ragged"
@@ -131,6 +135,17 @@ def check_causal(config: PreTrainedConfig) -> None:
     known = type(config) in AutoModelForCausalLM._model_mapping or model_class(config) is not AutoModelForCausalLM
     if not known and "AutoModelForCausalLM" not in getattr(config, "auto_map", {}):
         raise InputError(f"{config.model_type} is not a causal language model that transformers can build")
+
+
+def check_unquantised(config: PreTrainedConfig) -> None:
+    """Raises InputError for models whose weights are quantised; those of GGUF files transformers makes plain."""
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        said = quantization if isinstance(quantization, dict) else vars(quantization)
+        method = said.get("quant_method", "no method named")
+        name = getattr(method, "value", method)
+        if name != "gguf":
+            raise InputError(f"the model is quantised ({name}); prune its full-precision checkpoint, then quantise")
 
 
 def head_dim(config: PreTrainedConfig) -> int:

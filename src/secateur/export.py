@@ -1,6 +1,6 @@
 """Model + plan → an ordinary Hugging Face checkpoint: weights, configuration, tokenizer, model card. `secateur export`.
 
-Two shapes. Uniform: the same widths in every layer, said by the stock configuration; no code is needed to load it.
+Two forms. Stock: the same widths in every layer, said by the stock configuration; no code is needed to load it.
 Ragged: widths differ by layer, said by `config.per_layer_config`, the standard key for that; transformers ships the
 configuration's side of it only, so `modeling_pruned.py` goes into the checkpoint. Before any weight is written, the
 class that the user will load is built on the meta device, and its shapes are compared with the plan's.
@@ -12,7 +12,7 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,9 +29,10 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.integrations.heterogeneity import AmbiguousGlobalPerLayerAttributeError
 
 from secateur import families, modeling_pruned
-from secateur.describe import Description, head_dim
+from secateur.describe import Description, check_unquantised, head_dim
 from secateur.experts import is_fused
 from secateur.files import InputError, replacing, write_json, write_text
 from secateur.load import weight_of
@@ -50,46 +51,45 @@ def export(
     plan: Plan,
     folder: Path,
     *,
-    card: str | None = None,
+    card: Callable[[bool], str] | None = None,
     max_shard_size: int | str = "5GB",
     dtype: torch.dtype | None = None,
     base_model: str | None = None,
 ) -> None:
     """Writes the pruned checkpoint to `folder`, which appears when it is complete and replaces what was there.
 
-    `tokenizer` may be None; `card` is the README.md; `dtype` None keeps each weight's own. Memory: the model, if
-    its weights are not offloaded to disk, and a shard.
+    `tokenizer` may be None; `card` makes the README.md, told whether this is a stock checkpoint; `dtype` None keeps
+    each weight's own. Memory: the model, if its weights are not offloaded to disk, and a shard.
     Raises InputError when the plan's widths cannot be said in the shape it asks for.
     """
     stock, stock_base = _stock_classes(model)
     values = _config_values(model.config, description, dtype or model.dtype, base_model)
     ragged = _ragged(values, description, plan)
-    if plan.shape == "uniform" and plan.means is not None:
+    if plan.policy.uniform and plan.means is not None:
         raise InputError("a uniform shape has no place for the biases that stand for removed units; use --shape ragged")
     with replacing(folder) as temporary:
         temporary.mkdir()
         if stock.__module__.startswith(families.__name__):
             values = values | _travelling(stock, temporary)
-        if plan.shape == "uniform" or "per_layer_config" not in ragged:
-            skeleton = _write_uniform(values, stock, description, plan, temporary)
-        else:
+        required = plan.policy.uniform or "per_layer_config" not in ragged
+        is_stock = _write_stock(values, stock, description, plan, temporary, required)
+        if not is_stock:
             classes = stock, stock_base
             if values["model_type"] == "llama" and _heads_vary(ragged) and not _biases(values):
                 # LlamaConfig reads the head count as soon as it is made, which fails where layers differ: without
                 # trust_remote_code not even the tokenizer would load.
                 ragged, classes = _as_mistral(ragged), (MistralForCausalLM, MistralModel)
-            ragged |= _auto_classes(classes[0])
+            ragged |= _auto_classes(classes[0]) | _admission(ragged, classes[0].config_class)
             write_json(temporary / "config.json", ragged)
             write_text(temporary / MODELING_FILE, _modeling_text(*classes))
-            skeleton = _pruned_skeleton(temporary)
-        _check_shapes(skeleton, description, plan)
+            _check_shapes(_pruned_skeleton(temporary), description, plan)
         _write_weights(model, description, plan, temporary, max_shard_size, dtype)
         if getattr(model, "generation_config", None) is not None:
             write_text(temporary / "generation_config.json", model.generation_config.to_json_string())
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         if card is not None:
-            write_text(temporary / "README.md", card)
+            write_text(temporary / "README.md", card(is_stock))
 
 
 # --- configuration ---------------------------------------------------------------------------------------------------
@@ -100,11 +100,8 @@ def _config_values(
 ) -> dict[str, Any]:
     """What config.json says of the unpruned model, with the head size spelled out."""
     config = copy.deepcopy(config)
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is not None:
-        method = quantization["quant_method"] if isinstance(quantization, dict) else quantization.quant_method
-        if getattr(method, "value", method) != "gguf":
-            raise InputError(f"the model is quantised ({method}); prune its full-precision checkpoint, then quantise")
+    check_unquantised(config)
+    if hasattr(config, "quantization_config"):
         del config.quantization_config  # transformers has turned GGUF blocks into plain weights
     values: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
     values.pop("auto_map", None)
@@ -157,6 +154,27 @@ def _ragged(values: dict[str, Any], description: Description, plan: Plan) -> dic
     }
 
 
+def _write_stock(
+    values: dict[str, Any],
+    stock: type[PreTrainedModel],
+    description: Description,
+    plan: Plan,
+    folder: Path,
+    required: bool,
+) -> bool:
+    """Writes a stock config.json if it gives a model of the plan's shapes: widths of any shape may turn out equal.
+
+    Raises InputError where it does not and is `required`.
+    """
+    try:
+        _check_shapes(_write_uniform(values, stock, description, plan, folder), description, plan)
+    except InputError:
+        if required:
+            raise
+        return False
+    return True
+
+
 def _write_uniform(
     values: dict[str, Any], stock: type[PreTrainedModel], description: Description, plan: Plan, folder: Path
 ) -> nn.Module:
@@ -204,6 +222,16 @@ def _biases(values: dict[str, Any]) -> list[str]:
 
 def _heads_vary(ragged: dict[str, Any]) -> bool:
     return any("num_attention_heads" in widths for widths in ragged["per_layer_config"].values())
+
+
+def _admission(ragged: dict[str, Any], config_class: type[PreTrainedConfig]) -> dict[str, Any]:
+    """What lets a stock configuration that looks at the one head count of a model be made where layers differ: without
+    it, what reads the configuration alone (tokenizers, servers with a plugin) would fail."""
+    try:
+        config_class.from_dict(copy.deepcopy(ragged))
+    except AmbiguousGlobalPerLayerAttributeError:
+        return {"allow_global_per_layer_attribute_access": True}
+    return {}
 
 
 def _as_mistral(values: dict[str, Any]) -> dict[str, Any]:

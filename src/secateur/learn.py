@@ -108,6 +108,7 @@ def learn(
     fixing = None
     settings = f"{method} {recipe} steps={steps} batch_size={batch_size} seed={seed} seq_len={calibration_NT.shape[1]}"
     settings += f" units={[(g.name, g.units) for g in groups]} budget={limits.allowed_C.tolist()} tie={limits.tie}"
+    settings += "" if limits.policy.free else f" shape={limits.policy}"
     if checkpoint is not None and checkpoint.exists():
         fixing = _restore(checkpoint, optimiser, settings)
     elif recipe.sensitivity_batches:

@@ -3,6 +3,7 @@
 Only safetensors and GGUF weights are read, never pickles; code from a checkpoint runs only on request.
 """
 
+import json
 import textwrap
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -20,8 +21,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from secateur.describe import Description, check_causal, describe
+from secateur.describe import Description, check_causal, check_unquantised, describe
 from secateur.families import build, config_class, model_class
 from secateur.files import InputError
 
@@ -85,10 +87,14 @@ def read_model(
 
 
 def read_export(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The checkpoint in a folder as its user loads it, on the CPU; its code is Secateur's own modelling file."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, trust_remote_code=True, use_safetensors=True
-    )
+    """The checkpoint in a folder as its user loads it, on the CPU; its code is Secateur's own modelling file.
+
+    Where another library in this process has registered a configuration for its `model_type`, too.
+    """
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    own = values.get("auto_map", {}).get("AutoModelForCausalLM")
+    cls = get_class_from_dynamic_module(own, str(folder)) if own else AutoModelForCausalLM
+    model: PreTrainedModel = cls.from_pretrained(folder, dtype=dtype, use_safetensors=True)
     return model.eval()
 
 
@@ -126,6 +132,7 @@ def load_config_of(name: str, trust_remote_code: bool) -> PreTrainedConfig:
 
     config = _one_line(read, f"cannot read the configuration of {name}")
     check_causal(config)
+    check_unquantised(config)
     return config
 
 

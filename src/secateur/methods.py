@@ -10,20 +10,31 @@ from typing import Any
 import torch
 
 from secateur.budget import Budget, largest_that_fits, make_budget, ranked
-from secateur.config import tie_of
+from secateur.config import Scope, tie_of
 from secateur.files import InputError
 from secateur.gates import Gates, save_gates
 from secateur.importance import ONE_SHOT
 from secateur.learn import LearningDiverged, learn
+from secateur.policy import policy_of
 from secateur.run import recorded
 from secateur.session import Session
 
 
+def budget_of(session: Session, shape: str | None = None, scope: Scope | None = None) -> Budget:
+    """What the gates of a run are held to, for its own shape and scope or others. Raises InputError where shape and
+    sparsity are not possible."""
+    c, description = session.config, session.loaded.description
+    shape, scope = shape or c.shape, scope or c.per
+    assert scope is not None
+    description.check_shape(shape)
+    tie, policy = tie_of(c.method, shape), policy_of(shape)
+    return make_budget(description.groups, description.shapes, c.sparsity, scope, tie, policy)
+
+
 def find_gates(session: Session) -> Gates:
     """Gates of the run's method. Those that are learned go on from a checkpoint where one is; the others start over."""
-    c, description = session.config, session.loaded.description
-    assert c.learning is not None and c.per is not None
-    description.check_shape(c.shape)  # before the text is read
+    c = session.config
+    assert c.learning is not None
     blocks = session.blocks
     about: dict[str, Any] = {
         "architecture": session.architecture,
@@ -36,8 +47,7 @@ def find_gates(session: Session) -> Gates:
         "recipe": asdict(c.learning),
         "fixing": None,
     }
-    tie = tie_of(c.method, c.shape)
-    limits = make_budget(description.groups, description.shapes, c.sparsity, c.per, tie)
+    limits = budget_of(session)
     with session.autocast():
         return (_score if c.method in ONE_SHOT else _learn)(session, limits, about)
 

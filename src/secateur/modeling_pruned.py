@@ -26,27 +26,29 @@ class PrunedConfig(StockConfig):
 
 
 class Constant(nn.Module):
-    """What a linear map gives when its input is zero: its bias."""
+    """What a linear map with a bias gives when its input is zero."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, bias: nn.Parameter) -> None:
         super().__init__()
-        self.bias = None if linear.bias is None else nn.Parameter(torch.zeros_like(linear.bias))
+        self.bias = nn.Parameter(torch.zeros_like(bias))
 
     def forward(self, hidden_BTH: torch.Tensor) -> torch.Tensor:
-        zeros_BTH = torch.zeros_like(hidden_BTH)
-        return zeros_BTH if self.bias is None else zeros_BTH + self.bias
+        return torch.zeros_like(hidden_BTH) + self.bias
 
 
 class ClosedMLP(nn.Module):
-    """An MLP without channels: its writer's bias is all that is left of it, under the name it had."""
+    """An MLP without channels: its writer's bias is all that is left of it, under the name it had. Without a bias there
+    is no module of that name, so that PEFT, which goes by names, does not take it for a linear map."""
 
     def __init__(self, mlp: nn.Module, writer: str) -> None:
         super().__init__()
-        self.writer = writer
-        self.add_module(writer, Constant(getattr(mlp, writer)))
+        bias = getattr(mlp, writer).bias
+        self.left = None if bias is None else writer
+        if bias is not None:
+            self.add_module(writer, Constant(bias))
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self, self.writer)(hidden_states)
+        return torch.zeros_like(hidden_states) if self.left is None else getattr(self, self.left)(hidden_states)
 
 
 class ClosedAttention(ClosedMLP):

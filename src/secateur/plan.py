@@ -7,14 +7,14 @@ Where a run arrives at its budget by itself, that set is the set of open gates a
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
 from secateur.budget import Budget, largest_that_fits
-from secateur.config import Shape
 from secateur.files import InputError, read_json, write_json
 from secateur.gates import Gates, by_group
+from secateur.policy import Policy, permitted, policy_of
 from secateur.units import Group, Packed, Size, packed
 
 PLAN_FORMAT = 1
@@ -32,13 +32,19 @@ class Plan:
     scales: Mapping[str, torch.Tensor]
     """Group name → their gate values, float32, shape (kept,)."""
     shape: str = "ragged"
-    """`ragged` (widths differ by layer), `uniform` (the same in every layer) or `padded` (by expert, too)."""
+    """`ragged` (widths differ by layer), `uniform` (the same in every layer), `padded` (by expert, too), or the widths
+    that policy.py knows."""
     means: Mapping[str, torch.Tensor] | None = None
     """Group name → mean inputs of its writer, by which removed units are replaced; they stay in gates.safetensors."""
 
+    @property
+    def policy(self) -> Policy:
+        """The shape, read."""
+        return policy_of(self.shape)
+
     def pack(self, group: Group) -> Packed:
         """How the channels of a group of experts are stored."""
-        return packed(group, self.kept[group.name])
+        return packed(group, self.kept[group.name], self.policy)
 
     def stored_scales(self, group: Group) -> torch.Tensor:
         """Gate values as the units are stored: shape (kept,), or (experts, width), 0 where a channel only fills up."""
@@ -140,8 +146,7 @@ def load_plan(path: Path, groups: Sequence[Group], architecture: str) -> tuple[P
         kept = {g.name: torch.tensor(values["kept"][g.name], dtype=torch.int64) for g in groups}
         scales = {g.name: torch.tensor(values["scales"][g.name], dtype=torch.float32) for g in groups}
         rounding = Rounding(**values["rounding"])
-        shape = values["shape"]
-        assert shape in get_args(Shape), f"shape {shape!r}"
+        shape = str(policy_of(str(values["shape"])))
     except (KeyError, TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise InputError(f"{path} is not a valid plan ({error!r}); run `secateur plan RUN` again") from None
     for g in groups:
@@ -152,4 +157,8 @@ def load_plan(path: Path, groups: Sequence[Group], architecture: str) -> tuple[P
         in_range = in_order and (not len(index) or 0 <= index[0] <= index[-1] < g.units)
         if not in_range or index.shape != scales[g.name].shape:
             raise InputError(f"{path}: {g.name} does not list units of 0 to {g.units - 1} in order; plan again")
-    return Plan(kept, scales, shape), rounding
+    plan = Plan(kept, scales, shape)
+    for g, size in zip(groups, plan.sizes(groups).values(), strict=True):
+        if size.width and size.width not in permitted(g, plan.policy):
+            raise InputError(f"{path}: {g.name} is {size.width} units wide, which {shape} does not permit; plan again")
+    return plan, rounding

@@ -3,35 +3,58 @@
 Serves `secateur plan RUN` and its `--compare`.
 """
 
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from math import prod
-from typing import get_args
+from math import exp, prod
 
+import torch
+from rich.console import Console
 from rich.table import Table
 
-from secateur.budget import Figures, figures, make_budget
+from secateur.budget import Figures, figures
 from secateur.card import human
-from secateur.config import Shape, tie_of
 from secateur.describe import Description
 from secateur.files import InputError
 from secateur.gates import load_gates
+from secateur.methods import budget_of
 from secateur.plan import Plan, Rounding, make_plan
+from secateur.policy import policy_of
 from secateur.session import Session
 from secateur.slicing import added_biases
 
+SHAPES = ("ragged", "uniform", "padded", "aligned:32", "aligned:64", "aligned:128", "tp:2")
+"""What `--compare` compares."""
 
-def plan_for(session: Session, shape: str) -> tuple[Plan, Rounding]:
+HeldOutLoss = Callable[[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor] | None], float]
+"""Loss with gates, and with the means that stand for what they remove."""
+
+
+def plan_for(session: Session, shape: str, held_out_loss: HeldOutLoss | None = None) -> tuple[Plan, Rounding]:
     """The gates of a run, rounded to its budget for a shape. Raises InputError where that is not possible."""
+    policy, measure = policy_of(shape), held_out_loss or session.held_out_loss
     c, description = session.config, session.loaded.description
-    description.check_shape(shape)
+    limits = budget_of(session, shape, "expert" if policy.uniform else c.per)
     gates = load_gates(session.run.gates, description.groups, session.architecture)
-    if shape == "uniform" and gates.means is not None:
-        raise InputError(f"--method {c.method} adds biases, which --shape uniform has no place for; use --shape ragged")
-    scope = "expert" if shape == "uniform" else c.per
-    assert scope is not None
-    limits = make_budget(description.groups, description.shapes, c.sparsity, scope, tie_of(c.method, shape))
-    return make_plan(gates, limits, shape, partial(session.held_out_loss, means=gates.means))
+    if policy.uniform and gates.means is not None:
+        raise InputError(
+            f"--method {c.method} adds biases, which --shape {policy} has no place for; use --shape ragged"
+        )
+    return make_plan(gates, limits, str(policy), lambda gate: measure(gate, gates.means))
+
+
+def remembered(session: Session) -> HeldOutLoss:
+    """The held-out loss of a session, measured once for the same gates: many plans begin with those as learned."""
+    found: dict[bytes, float] = {}
+
+    def held_out_loss(gates: Mapping[str, torch.Tensor], means: Mapping[str, torch.Tensor] | None) -> float:
+        values = torch.cat([gate.float().cpu() for gate in gates.values()]).contiguous()
+        key = hashlib.sha256(values.numpy().tobytes()).digest()
+        if key not in found:
+            found[key] = session.held_out_loss(gates, means)
+        return found[key]
+
+    return held_out_loss
 
 
 def figures_of(description: Description, plan: Plan, bytes_per_value: int) -> Figures:
@@ -51,48 +74,92 @@ class ShapeCost:
     disk_bytes: int
     closed_experts: int
     """Experts that are not stored."""
+    kept: float = 1.0
+    """Share of the parameters of units that is kept."""
 
 
-def compare_shapes(session: Session) -> tuple[list[ShapeCost], list[str]]:
-    """What each shape would cost, the dense model first, and why a shape is not possible. Writes nothing."""
+def cost_of(session: Session, plan: Plan, rounding: Rounding) -> ShapeCost:
+    """What a plan costs and saves."""
+    loaded = session.loaded
+    groups, size = loaded.description.groups, loaded.checkpoint_dtype.itemsize
+    found, stored = figures_of(loaded.description, plan, size), plan.sizes(groups)
+    closed = sum(g.experts - stored[g.name].experts for g in groups)
+    return ShapeCost(plan.shape, rounding.held_out_planned, found, found.parameters * size, closed, rounding.kept)
+
+
+def compare_shapes(session: Session, shape: str | None = None) -> tuple[list[ShapeCost], list[str]]:
+    """What each of `SHAPES`, and `shape`, would cost, the dense model first, and why one is not possible. Writes
+    nothing."""
+    asked = [] if shape is None else [str(policy_of(shape))]
     loaded = session.loaded
     description, size = loaded.description, loaded.checkpoint_dtype.itemsize
     dense = figures(description, None, size)
     costs = [ShapeCost("dense", session.held_out_loss(None), dense, dense.parameters * size, 0)]
     refused = []
-    for shape in get_args(Shape):
-        if shape == "padded" and not any(g.experts for g in description.groups):
+    held_out_loss = remembered(session)
+    for each in dict.fromkeys([*SHAPES, *asked]):
+        if each == "padded" and not any(g.experts for g in description.groups):
             continue
         try:
-            plan, rounding = plan_for(session, shape)
+            costs.append(cost_of(session, *plan_for(session, each, held_out_loss)))
         except InputError as error:
-            refused.append(f"{shape}: {error}")
-            continue
-        found, stored = figures_of(description, plan, size), plan.sizes(description.groups)
-        closed = sum(g.experts - stored[g.name].experts for g in description.groups)
-        costs.append(ShapeCost(shape, rounding.held_out_planned, found, found.parameters * size, closed))
+            refused.append(f"{each}: {error}")
     return costs, refused
 
 
-def shapes_table(costs: list[ShapeCost]) -> Table:
-    """A row a shape; what it saves is a share of the dense model's."""
-    table = Table(title="what each shape would cost and save", title_justify="left")
-    for column in ("shape", "held-out loss", "parameters", "active", "FLOPs a token", "weights", "experts gone"):
-        table.add_column(column, justify="left" if column == "shape" else "right")
+def against_ragged(session: Session, plan: Plan, rounding: Rounding) -> str | None:
+    """What a shape costs and saves beside ragged widths from the same gates and budget, in a line; None where it is
+    ragged, or that has no plan."""
+    if plan.shape == "ragged":
+        return None
+    try:
+        ragged = cost_of(session, *plan_for(session, "ragged"))
+    except InputError:
+        return None
+    own = cost_of(session, plan, rounding)
+    rise = own.held_out - ragged.held_out
+    pairs = [
+        (f"{own.kept:.2%}", f"{ragged.kept:.2%}", "of the unit parameters kept"),
+        (human(own.sizes.parameters), human(ragged.sizes.parameters), "parameters"),
+        (human(own.sizes.flops_per_token), human(ragged.sizes.flops_per_token), "FLOPs a token"),
+    ]
+    told = ", ".join(f"{mine} for {other} {what}" for mine, other, what in pairs)
+    return f"{plan.shape} beside ragged: held-out loss {rise:+.4f} (perplexity × {exp(rise):.4f}); {told}"
+
+
+def show(console: Console, costs: Sequence[ShapeCost], refused: Sequence[str]) -> None:
+    """What `--compare` prints."""
+    console.print(shapes_table(costs))
+    for line in refused:
+        console.print(f"not possible: {line}", markup=False)
+
+
+def shapes_table(costs: Sequence[ShapeCost]) -> Table:
+    """A row a shape; what it saves is a share of the dense model's. What only mixtures have is left out elsewhere."""
     dense = costs[0]
+    mixed = any(c.closed_experts or c.sizes.active_parameters != c.sizes.parameters for c in costs)
 
     def cell(found: float, whole: float, unit: str = "") -> str:
         return human(found, unit) + ("" if found == whole else f" (−{1 - found / whole:.1%})")
 
+    def row(c: ShapeCost) -> dict[str, str]:
+        rise = c.held_out - dense.held_out
+        return {
+            "shape": c.shape,
+            "held-out loss": f"{c.held_out:.3f}" + ("" if c is dense else f" ({rise:+.3f})"),
+            "perplexity": f"{exp(c.held_out):.4g}" + ("" if c is dense else f" (× {exp(rise):.3f})"),
+            "units kept": f"{c.kept:.2%}",
+            "parameters": cell(c.sizes.parameters, dense.sizes.parameters),
+            **({"active": cell(c.sizes.active_parameters, dense.sizes.active_parameters)} if mixed else {}),
+            "FLOPs a token": cell(c.sizes.flops_per_token, dense.sizes.flops_per_token),
+            "weights": human(c.disk_bytes, "B"),
+            **({"experts gone": str(c.closed_experts)} if mixed else {}),
+        }
+
+    table = Table(title="what each shape would cost and save", title_justify="left")
+    for column in row(dense):
+        left = column == "shape"
+        table.add_column(column, justify="left" if left else "right", no_wrap=left)
     for c in costs:
-        rise = "" if c is dense else f" (+{c.held_out - dense.held_out:.3f})"
-        table.add_row(
-            c.shape,
-            f"{c.held_out:.3f}{rise}",
-            cell(c.sizes.parameters, dense.sizes.parameters),
-            cell(c.sizes.active_parameters, dense.sizes.active_parameters),
-            cell(c.sizes.flops_per_token, dense.sizes.flops_per_token),
-            cell(c.disk_bytes, dense.disk_bytes, "B"),
-            str(c.closed_experts),
-        )
+        table.add_row(*row(c).values())
     return table

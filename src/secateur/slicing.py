@@ -41,7 +41,7 @@ def sliced(
             continue
         if name in cuts:
             group, s = cuts[name]
-            tensor = take(tensor, s, group, plan.kept[group.name])
+            tensor = take(tensor, s, group, plan.kept[group.name], plan.policy)
             if name == group.writer:
                 tensor = fold(tensor, group, plan.stored_scales(group), dtype)
             assert tuple(tensor.shape) == remaining[name], f"{name}: {tuple(tensor.shape)} is not {remaining[name]}"

@@ -24,11 +24,12 @@ from secateur.files import InputError, read_json, write_json, write_text
 from secateur.gates import Gates, load_gates, save_gates
 from secateur.learn import learn
 from secateur.load import Loaded, read_export
-from secateur.methods import find_gates
+from secateur.methods import budget_of, find_gates
 from secateur.overlap import overlap
 from secateur.plan import Plan, Rounding, load_plan, save_plan
+from secateur.planning import against_ragged, figures_of, plan_for
 from secateur.planning import compare_shapes as compare_shapes
-from secateur.planning import figures_of, plan_for
+from secateur.policy import policy_of
 from secateur.recover import LR, Recovery, recover
 from secateur.refit import Refit, kept_groups, normal_equations, refit
 from secateur.run import Run, new_run, open_run, recorded
@@ -49,7 +50,7 @@ class VerificationFailed(RuntimeError):
 
 def learn_stage(session: Session) -> Gates:
     """Learns or scores the gates: RUN/gates.safetensors, metrics.jsonl a line a learning step."""
-    run, _model, _tokens = session.run, session.loaded, session.blocks  # loaded before the clock runs
+    run, _limits, _tokens = session.run, budget_of(session), session.blocks  # loaded before the clock runs
     with session.timed("learn"):
         gates = find_gates(session)
     run.plan.unlink(missing_ok=True)  # a plan of earlier gates
@@ -60,10 +61,17 @@ def learn_stage(session: Session) -> Gates:
 
 def plan_stage(session: Session, shape: str | None = None) -> tuple[Plan, Rounding]:
     """Rounds the gates to the budget: RUN/plan.json."""
+    shape = str(policy_of(shape or session.config.shape))  # before the model is loaded: a word may be wrong
     with session.timed("plan"):
-        plan, rounding = plan_for(session, shape or session.config.shape)
+        plan, rounding = plan_for(session, shape)
         save_plan(session.run.plan, plan, rounding, session.architecture)
     return plan, rounding
+
+
+def plan_beside_ragged(session: Session, shape: str | None = None) -> tuple[Rounding, str | None]:
+    """`plan_stage`, and what its shape costs beside ragged widths."""
+    plan, rounding = plan_stage(session, shape)
+    return rounding, against_ragged(session, plan, rounding)
 
 
 def _planned(session: Session) -> tuple[Plan, Rounding]:
@@ -87,6 +95,7 @@ def export_stage(session: Session, shape: str | None = None, low_memory: bool = 
 
 
 def _export(session: Session, shape: str | None) -> None:
+    shape = None if shape is None else str(policy_of(shape))
     run, c, loaded = session.run, session.config, session.loaded
     plan, rounding = _planned(session)
     if shape not in (None, plan.shape):
@@ -101,13 +110,18 @@ def _export(session: Session, shape: str | None) -> None:
             loaded.description,
             plan,
             run.model,
-            card=model_card(c, plan.shape, rounding, None, None, (), *_about(loaded)),
+            card=lambda stock: model_card(c, plan.shape, rounding, None, None, (), *_about(loaded), stock),
             max_shard_size=c.max_shard_size,
             dtype=loaded.checkpoint_dtype,
             base_model=public_name(c.model),
         )
     for stale in (run.verify, run.eval, run.refit, run.recovery, *run.converted()):
         stale.unlink(missing_ok=True)
+
+
+def _is_stock(run: Run) -> bool:
+    """Whether the export says one width for all layers."""
+    return "per_layer_config" not in read_json(run.model / "config.json", f"secateur export {run.folder}")
 
 
 def _about(loaded: Loaded) -> tuple[frozenset[str], bool]:
@@ -282,12 +296,9 @@ def _update(session: Session, tensors: Mapping[str, torch.Tensor], update: str) 
     """Puts other weights into the export, and says so in its card; figures of the earlier weights go."""
     run, (plan, rounding) = session.run, _planned(session)
     updates = [*updates_of(run.model), update]
-    rewrite_weights(
-        run.model,
-        tensors,
-        update,
-        {"README.md": model_card(session.config, plan.shape, rounding, None, None, updates, *_about(session.loaded))},
-    )
+    about = *_about(session.loaded), _is_stock(run)
+    card = model_card(session.config, plan.shape, rounding, None, None, updates, *about)
+    rewrite_weights(run.model, tensors, update, {"README.md": card})
     for stale in (run.eval, *run.converted()):
         stale.unlink(missing_ok=True)
 
@@ -327,7 +338,8 @@ def eval_stage(session: Session) -> dict[str, Any]:
     results["seconds"] = read_json(run.timings, "secateur prune")
     write_json(run.eval, results)
     verified = read_json(run.verify, f"secateur verify {run.folder}") if run.verify.exists() else None
-    card = model_card(c, plan.shape, rounding, results, verified, results["updates"], *_about(loaded))
+    about = *_about(loaded), _is_stock(run)
+    card = model_card(c, plan.shape, rounding, results, verified, results["updates"], *about)
     write_text(run.model / "README.md", card)
     return results
 
@@ -358,7 +370,8 @@ def remaining_stages(session: Session) -> dict[str, Any]:
     """All stages that have not been done yet, in order; returns what eval.json holds."""
     run = session.run
     if not run.gates.exists():
-        _tasks, _text = session.tasks, _evaluation_windows(session)  # what is wrong is better known before learning
+        # What is wrong is better known before learning, and before the model writes itself a text.
+        _tasks, _limits, _text = session.tasks, budget_of(session), _evaluation_windows(session)
         learn_stage(session)
     if not run.plan.exists():
         plan_stage(session)

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from secateur.policy import RAGGED, Policy, permitted
+
 Shapes = Mapping[str, tuple[int, ...]]
 """Parameter name → shape, as the unpruned checkpoint has them."""
 
@@ -109,15 +111,15 @@ def block_size(shape: tuple[int, ...], s: Slice, units: int) -> int:
     return block
 
 
-def take(weight: Tensor, s: Slice, group: Group, kept: Tensor) -> Tensor:
+def take(weight: Tensor, s: Slice, group: Group, kept: Tensor, policy: Policy = RAGGED) -> Tensor:
     """The rows or columns of `weight` that belong to the units `kept` (sorted indices, shape (kept,)).
 
-    Of experts: those that `packed` lays out.
+    Of experts: those that `packed` lays out, for a shape policy.
     """
     if not group.experts:
         return _take(weight, s, group.units, kept)
     one = Slice(s.param, s.dim - 1, s.copies)
-    pack = packed(group, kept)
+    pack = packed(group, kept, policy)
     experts = zip(pack.experts.tolist(), pack.channels_EW, strict=True)
     return torch.stack([_take(weight[e], one, group.width, channels_W) for e, channels_W in experts])
 
@@ -139,17 +141,13 @@ class Packed(NamedTuple):
     """Which of these are kept."""
 
 
-ALIGNED = 8
-"""Stored widths of experts are multiples of it where the dense width is: grouped matrix products want rows of a
-multiple of 16 bytes, which are 8 values of bfloat16."""
-
 FEWEST_EXPERTS = 2
 """A mixture with one expert is not read back by transformers 5."""
 
 
-def packed(group: Group, kept: Tensor) -> Packed:
+def packed(group: Group, kept: Tensor, policy: Policy = RAGGED) -> Packed:
     """The layout of `kept` (sorted indices over all experts): experts without a unit are left out, if they have no
-    biases, and the others are as wide as the widest of them, rounded up to `ALIGNED`."""
+    biases, and the others are as wide as the widest of them, rounded up to what the shape policy permits."""
     assert group.experts, f"{group.name} has no experts"
     open_EC = torch.zeros(group.units, dtype=torch.bool, device="cpu")
     open_EC[kept.cpu()] = True
@@ -161,19 +159,13 @@ def packed(group: Group, kept: Tensor) -> Packed:
         experts = order_E[: max(FEWEST_EXPERTS, int(counts_E.count_nonzero()))].sort().values
     open_EC = open_EC[experts]
     order_EC = open_EC.logical_not().byte().argsort(dim=1, stable=True)  # the open ones first, both in order
-    channels_EW = order_EC[:, : aligned(group, int(counts_E.max()))]
+    channels_EW = order_EC[:, : aligned(group, int(counts_E.max()), policy)]
     return Packed(experts, channels_EW, open_EC.gather(1, channels_EW))
 
 
-def alignment(width: int) -> int:
-    """What stored widths of experts are multiples of, where the dense width is `width`."""
-    return 1 if width % ALIGNED else ALIGNED
-
-
-def aligned(group: Group, width: int) -> int:
+def aligned(group: Group, width: int, policy: Policy = RAGGED) -> int:
     """The least width of experts that can be stored and is not below `width`."""
-    step = alignment(group.width)
-    return max(1, -(-width // step)) * step
+    return next((w for w in permitted(group, policy) if w >= width), group.width)
 
 
 def sliced_shapes(groups: Iterable[Group], sizes: Mapping[str, Size], shapes: Shapes) -> dict[str, tuple[int, ...]]:

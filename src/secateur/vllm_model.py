@@ -2,21 +2,20 @@
 
 No layer is written anew: vLLM's own classes read their widths from the configuration, so each layer is built while the
 configuration says what that layer has, and then loses what is gone from it altogether. vLLM's kernels, loaders,
-compilation, tensor and pipeline parallelism stay as they are. A class of this module is made when vLLM asks for it by
-name: `PrunedLlamaForCausalLM` extends vLLM's `LlamaForCausalLM`.
+compilation, tensor and pipeline parallelism stay as they are.
 
 Shape suffixes: T tokens, H hidden size, E experts that the router knows, K experts a token.
 """
 
 import copy
+import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
-import vllm
-from packaging.version import Version
 from torch import Tensor, nn
 from vllm import ModelRegistry
 from vllm.config import VllmConfig
@@ -26,53 +25,64 @@ from vllm.model_executor.layers.fused_moe.router.router_factory import create_fu
 from vllm.model_executor.models import utils
 from vllm.model_executor.utils import set_weight_attrs
 
-from secateur.export import EXPORT_FORMAT
+from secateur import vllm_plugin
 from secateur.vllm_plugin import PREFIX
 
-TESTED = ("0.32", "0.33")
-"""vLLM from the first version up to, and without, the second."""
+EXPERTS_WIDTH = "moe_intermediate_size"
+"""What experts alone are told of their width by: shared experts are as wide as a multiple of it in the unpruned model
+still, so no model of vLLM's hears of it but its experts."""
 
 
-def __getattr__(name: str) -> type[nn.Module]:
-    """The pruned sibling of a model of vLLM's, by its name."""
-    if not name.startswith(PREFIX):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+@cache
+def sibling(name: str) -> type[nn.Module]:
+    """The pruned sibling of a model of vLLM's: `PrunedLlamaForCausalLM` extends its `LlamaForCausalLM`."""
     stock = ModelRegistry.models[name.removeprefix(PREFIX)].load_model_cls()
-    return type(name, (Pruned, stock), {"__module__": __name__, "__doc__": f"{stock.__name__} with widths by layer."})
+    return type(
+        name,
+        (Pruned, stock),
+        {"__module__": vllm_plugin.__name__, "__doc__": f"{stock.__name__} with widths by layer."},
+    )
 
 
 class Pruned(nn.Module):
     """What a pruned class has over the stock one: it builds itself layer by layer."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any) -> None:
-        check(vllm_config)
         with layers_narrowed(vllm_config):
             super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
+        whole = vllm_config.quant_config is None and vllm_config.parallel_config.world_size == 1
+        self.layer_sizes = sizes_of_layers(self.named_parameters()) if whole else None
 
-
-def check(vllm_config: VllmConfig) -> None:
-    """Raises ValueError where this checkpoint, or this vLLM, is not one that the module was made for."""
-    first, end = map(Version, TESTED)
-    if not first <= Version(vllm.__version__) < end:
-        raise ValueError(
-            f"secateur serves pruned models in vLLM {first} up to, not including, {end}; this is {vllm.__version__}. "
-            "Install another of the two, or export with `--shape uniform`, which needs no plugin"
-        )
-    model_config = vllm_config.model_config
-    config, ranks = model_config.hf_config, vllm_config.parallel_config.tensor_parallel_size
-    written = getattr(config, "secateur", {}).get("format", 0)
-    if not 1 <= written <= EXPORT_FORMAT:
-        raise ValueError(
-            f"{model_config.model} has export format {written}, and this secateur reads up to {EXPORT_FORMAT}: "
-            + ("update secateur" if written else "no export of `secateur prune`")
-        )
-    for index, layer in enumerate(config.per_layer_config):
-        for key in config.per_layer_attributes or ():
-            if getattr(layer, key) % ranks:
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Any:
+        """Raises ValueError where a layer was built for other weights than come: vLLM's loaders take a part of those
+        that are too large without a word."""
+        sizes: dict[int, int] = {}
+        loaded = super().load_weights(counted(weights, sizes))  # type: ignore[misc]
+        for index, size in (self.layer_sizes or {}).items():
+            if sizes.get(index, 0) != size:
+                name = type(self).__name__
                 raise ValueError(
-                    f"tensor parallel size {ranks} does not divide {key} {getattr(layer, key)} of layer {index}; "
-                    f"export with `--shape tp:{ranks}`"
+                    f"vLLM's {name.removeprefix(PREFIX)} cannot be pruned layer by layer: layer {index} would hold "
+                    f"{size} weights, the checkpoint has {sizes.get(index, 0)}; export with `--shape uniform`"
                 )
+        return loaded
+
+
+def counted(weights: Iterable[tuple[str, Tensor]], sizes: dict[int, int]) -> Iterator[tuple[str, Tensor]]:
+    """The weights, as they come; adds those of each decoder layer to `sizes`."""
+    for name, tensor in weights:
+        for index, size in sizes_of_layers([(name, tensor)]).items():
+            sizes[index] = sizes.get(index, 0) + size
+        yield name, tensor
+
+
+def sizes_of_layers(tensors: Iterable[tuple[str, Tensor]]) -> dict[int, int]:
+    """Number of weights in each decoder layer."""
+    sizes: dict[int, int] = {}
+    for name, tensor in tensors:
+        if found := re.search(r"(?:^|\.)layers\.(\d+)\.", name):
+            sizes[int(found[1])] = sizes.get(int(found[1]), 0) + tensor.numel()
+    return sizes
 
 
 @contextmanager
@@ -89,6 +99,7 @@ def layers_narrowed(vllm_config: VllmConfig) -> Iterator[None]:
             index = utils.extract_layer_index(prefix)
             with said_of_layer(plain, config, index):
                 layer = layer_fn(prefix=prefix)
+            forget_sizes(layer)
             finish(layer, prefix, own(config, index), vllm_config)
             return layer
 
@@ -96,7 +107,10 @@ def layers_narrowed(vllm_config: VllmConfig) -> Iterator[None]:
 
     def make_experts(stock: Callable[..., Any]) -> Callable[..., Any]:
         def make(*args: Any, **kwargs: Any) -> Any:
-            changes = own(config, utils.extract_layer_index(kwargs["prefix"]))["experts"]
+            index = utils.extract_layer_index(kwargs["prefix"])
+            if EXPERTS_WIDTH in (config.per_layer_attributes or ()):
+                kwargs["intermediate_size"] = getattr(config.per_layer_config[index], EXPERTS_WIDTH)
+            changes = own(config, index)["experts"]
             if not changes:
                 return stock(*args, **kwargs)
             [(_path, kept)] = changes  # a layer has one row of experts, whatever vLLM calls it
@@ -136,13 +150,42 @@ def said_of_layer(plain: Any, config: Any, index: int) -> Iterator[None]:
         {key: getattr(plain, key) for key in config.per_layer_attributes or ()},
         config.per_layer_config[index],
     )
+    hidden = plain.hidden_size
     try:
         for key, dense in before.items():
-            setattr(plain, key, getattr(layer, key) or dense)
+            if key != EXPERTS_WIDTH:
+                setattr(plain, key, getattr(layer, key) or dense)
+        if hasattr(plain, "head_dim"):
+            plain.hidden_size = HiddenSize(hidden, plain.num_attention_heads, plain.head_dim)
         yield
     finally:
         for key, value in before.items():
             setattr(plain, key, value)
+        plain.hidden_size = hidden
+
+
+class HiddenSize(int):
+    """A hidden size that, divided by the number of heads, gives the size of a head: so some models of vLLM's find it,
+    which is right in unpruned models only."""
+
+    def __new__(cls, size: int, heads: int, head_dim: int) -> "HiddenSize":
+        self = super().__new__(cls, size)
+        self.heads, self.head_dim = heads, head_dim
+        return self
+
+    heads: int
+    head_dim: int
+
+    def __floordiv__(self, other: int) -> int:
+        return self.head_dim if other == self.heads else int(self) // other
+
+
+def forget_sizes(layer: nn.Module) -> None:
+    """Leaves plain integers in a layer that was built: compilation knows no others."""
+    for module in layer.modules():
+        for name, value in vars(module).items():
+            if type(value) is HiddenSize:
+                setattr(module, name, int(value))
 
 
 def own(config: Any, index: int) -> dict[str, list[Any]]:
