@@ -1,6 +1,7 @@
 """Losses over the vocabulary in chunks are what the plain formula gives, for every family, without whole logits."""
 
 import math
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -22,11 +23,17 @@ from secateur.learn import learn
 from secateur.load import autocast
 from secateur.objective import distillation_loss
 from secateur.recover import Recovery, recover
-from secateur.vocabulary import Vocabulary
+from secateur.vocabulary import Head, Vocabulary
 from test_families import MIXTURES, PARTLY, VARIANTS, WHOLE, build
 from tiny import tiny, tokens
 
-FAMILIES = {name: (name, {}) for name in (*WHOLE, *PARTLY)} | VARIANTS | MIXTURES
+HEADS = {
+    "a cap that bites": ("gemma2", {"final_logit_softcapping": 0.5}),
+    "a scale": ("granite", {"logits_scaling": 8.0}),
+    "a bias": ("phi", {}),
+    "tied, scaled": ("cohere", {"logit_scale": 0.3, "tie_word_embeddings": True}),
+}
+FAMILIES = {name: (name, {}) for name in (*WHOLE, *PARTLY)} | VARIANTS | MIXTURES | HEADS
 CPU = torch.device("cpu")
 
 
@@ -55,8 +62,7 @@ def losses_and_gradients(model, groups, gate_N, ids_BT, temperature, precision="
             with attached(model, groups, by_group(z_N, groups)):
                 student = cut.hidden(ids_BT) if chunked else model(ids_BT).logits
                 if chunked:
-                    head = cut.head()
-                    loss = distillation_loss(student, teacher, ids_BT, 2.0, temperature, head, head)[0]
+                    loss = distillation_loss(student, teacher, ids_BT, 2.0, temperature, cut.head, cut.head)[0]
                 else:
                     loss = plain(student, teacher, ids_BT, 2.0, temperature)
                 (grad_N,) = torch.autograd.grad(loss, z_N)
@@ -95,13 +101,11 @@ def test_under_autocast_the_head_is_lowered_once_for_all_chunks(monkeypatch):
     model, seen = small_llama(), []
     hidden_RD = torch.randn(8, 32)
     with autocast(CPU, "bfloat16"), torch.no_grad():
-        cut = Vocabulary(model)
-        head = cut.head()
+        head = Vocabulary(model).head
         model.lm_head.register_forward_hook(lambda module, *_: seen.append(module.weight))
         logits_RV = torch.cat([head.logits(hidden_RD[part]) for part in head.chunks(8, CPU)])
-        cut.hidden(random_tokens(2, 9))
         expected_RV = F.linear(hidden_RD, model.lm_head.weight)
-    assert len(seen) == 5 and {w.dtype for w in seen} == {torch.bfloat16} and len({w.data_ptr() for w in seen}) == 1
+    assert len(seen) == 4 and {w.dtype for w in seen} == {torch.bfloat16} and len({w.data_ptr() for w in seen}) == 1
     assert torch.equal(logits_RV, expected_RV)
     assert model.lm_head.weight.dtype == torch.float32
 
@@ -157,9 +161,28 @@ def largest_of(work):
 def test_no_tensor_of_tokens_times_vocabulary_is_ever_whole(work, monkeypatch):
     rows_at_once(monkeypatch, 16, WORDS)
     assert largest_of(work) <= max(16, 32) * WORDS  # of a chunk, or of the embedding of 512 words in 32 channels
-    monkeypatch.setattr(Vocabulary, "_reason", lambda self: setattr(self, "words", WORDS) or "of a test")
+    monkeypatch.setattr(Vocabulary, "_reason", lambda *_: "of a test")
     with pytest.warns(UserWarning, match="of a test"):
         assert largest_of(work) >= WHOLE_LOGITS
+
+
+def test_the_logits_of_a_chunk_are_gone_before_the_next_ones_are_made():
+    """Two chunks' worth would be as much again."""
+    weight_DV, made = torch.randn(8, WORDS), []
+
+    def logits(hidden_RD):
+        assert all(reference() is None for reference in made)
+        logits_RV = hidden_RD @ weight_DV
+        made.append(weakref.ref(logits_RV))
+        return logits_RV
+
+    def work(logits_RV, part):
+        by_logits_RV = logits_RV.softmax(-1)
+        made.append(weakref.ref(by_logits_RV))
+        return logits_RV.logsumexp(-1).sum(0, keepdim=True), by_logits_RV
+
+    vocabulary.in_chunks(torch.randn(3 * 256, 8, requires_grad=True), Head(WORDS, logits), work).sum().backward()
+    assert len(made) == 6
 
 
 @pytest.mark.parametrize(("words", "most", "rows"), [(49_152, 256, 250), (2**20, 64, 63), (2**27, 1, 1)])
@@ -226,11 +249,11 @@ class Alone(LlamaForCausalLM):
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        (Mixing, "other logits for a row of hidden states alone"),
-        (Looking, "other logits for a row of hidden states alone"),
+        (Mixing, "other logits for rows of hidden states alone"),
+        (Looking, "other logits for rows of hidden states alone"),
         (Pooling, "does not give a row of logits for a row"),
         (Reading, "does not read its base model's last hidden states alone"),
-        (Twice, "the base model runs 2 times"),
+        (Twice, "other logits for rows of hidden states alone"),
         (Alone, "is not a base model and a head"),
     ],
 )
@@ -241,7 +264,7 @@ def test_heads_that_need_more_than_a_row_of_hidden_states_get_whole_logits_and_t
         cut = Vocabulary(model)
     ids_BT = random_tokens(2, 9)
     with torch.no_grad():
-        logits_RV = cut.head().logits(cut.hidden(ids_BT).flatten(0, 1))
+        logits_RV = cut.head.logits(cut.hidden(ids_BT).flatten(0, 1))
         assert torch.equal(logits_RV, model(ids_BT).logits.flatten(0, 1))
 
 
@@ -252,9 +275,9 @@ def test_models_are_left_as_they_were():
     cut = Vocabulary(model)
     hidden_BTD = cut.hidden(random_tokens(2, 9))
     with torch.no_grad():
-        cut.head().logits(hidden_BTD[0])
+        cut.head.logits(hidden_BTD[0])
     with pytest.raises(RuntimeError):
-        cut.head().logits(hidden_BTD[0, :, :5])
+        cut.head.logits(hidden_BTD[0, :, :5])
     assert vars(model.model)["forward"] is own
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     plain_model = small_llama()
@@ -266,7 +289,7 @@ def test_a_head_that_is_trained_is_refused():
     """Its gradient would be lost."""
     model = small_llama()
     model.lm_head.requires_grad_(True)
-    head, hidden_RD = Vocabulary(model).head(), torch.zeros(2, 32)
+    head, hidden_RD = Vocabulary(model).head, torch.zeros(2, 32)
     assert head.logits(hidden_RD).shape == (2, 64)
     with pytest.raises(AssertionError, match="head"):
         head.logits(hidden_RD.requires_grad_())

@@ -53,14 +53,13 @@ def mean_loss(
     device = next(model.parameters()).device
     rows = max(1, TOKENS_AT_ONCE // ids_NT.shape[1])
     vocabulary = Vocabulary(model)
-    head, total = vocabulary.head(), 0.0
+    head, total = vocabulary.head, 0.0
     with attached(model, groups, gates, biases) if gates is not None else nullcontext():
         for ids_BT in ids_NT.split(rows):
             ids_BT = ids_BT.to(device)
             hidden_RD, labels_R = vocabulary.hidden(ids_BT)[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten()
             for part in head.chunks(len(labels_R), device):
-                logits_RV = head.logits(hidden_RD[part]).float()
-                total += F.cross_entropy(logits_RV, labels_R[part], reduction="sum").item()
+                total += F.cross_entropy(head.logits(hidden_RD[part]).float(), labels_R[part], reduction="sum").item()
     return total / (ids_NT.shape[0] * (ids_NT.shape[1] - 1))
 
 

@@ -177,7 +177,6 @@ def _taylor(
     """Σ |Σ_rows w ∂L/∂w| by group, each of shape (U,), with the inner sum over a vector's entries, too, or not."""
     totals: dict[str, torch.Tensor] = {}
     vocabulary = Vocabulary(model)
-    head = vocabulary.head()
     with ExitStack() as stack:
         for group in groups:
             for s in group.slices:
@@ -194,7 +193,7 @@ def _taylor(
                 stack.callback(parameter.register_post_accumulate_grad_hook(add).remove)
         for row, ids_BT in enumerate(ids_NT.split(1), start=1):
             hidden_BTD = vocabulary.hidden(ids_BT)
-            loss, _ce, _kl = distillation_loss(hidden_BTD, hidden_BTD, ids_BT, 0.0, 1.0, head)
+            loss, _ce, _kl = distillation_loss(hidden_BTD, hidden_BTD, ids_BT, 0.0, 1.0, vocabulary.head)
             loss.backward()
             on_row(row)
     return [torch.stack([totals[s.param].abs().sum((1, 2)) for s in g.slices]).sum(0) / len(ids_NT) for g in groups]

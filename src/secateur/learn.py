@@ -120,10 +120,8 @@ def learn(
     batches = calibration_NT.split(batch_size)[:steps]
     assert len(batches) == steps, f"{steps} steps need {steps} batches, got {len(batches)}"
 
-    gated = Vocabulary(model)
-    whole = gated if teacher is None else Vocabulary(teacher)
-    head = gated.head()
-    teacher_head = head if whole is gated else whole.head()
+    student = Vocabulary(model)
+    dense = student if teacher is None else Vocabulary(teacher)
     state = optimiser.state(), fixing
     try:
         while optimiser.done < steps:
@@ -133,13 +131,13 @@ def learn(
             gate_N = optimiser.train_gates(z_N)
             ids_BT = batches[optimiser.done].to(device)
             with torch.no_grad():
-                teacher_BTD = whole.hidden(ids_BT)
+                teacher_BTD = dense.hidden(ids_BT)
             # Gates stay on to the end of the backward pass, which may compute the layers once more.
             with attached(model, groups, by_group(gate_N, groups)):
                 with recomputing(model, gradient_checkpointing):
-                    student_BTD = gated.hidden(ids_BT)
+                    student_BTD = student.hidden(ids_BT)
                 loss, ce, kl = distillation_loss(
-                    student_BTD, teacher_BTD, ids_BT, recipe.kd_weight, recipe.kd_temperature, head, teacher_head
+                    student_BTD, teacher_BTD, ids_BT, recipe.kd_weight, recipe.kd_temperature, student.head, dense.head
                 )
                 (grad_N,) = torch.autograd.grad(loss, z_N)
             if not (torch.isfinite(loss) and torch.isfinite(grad_N).all()):

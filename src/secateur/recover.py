@@ -86,8 +86,7 @@ def recover(
     device = next(student.parameters()).device
     batches = calibration_NT.split(settings.batch_size)[: settings.steps]
     assert len(batches) == settings.steps, f"{settings.steps} steps need {settings.steps} batches, got {len(batches)}"
-    whole, pruned = Vocabulary(teacher), Vocabulary(student.eval().requires_grad_(False))
-    head, teacher_head = pruned.head(), whole.head()
+    dense, pruned = Vocabulary(teacher), Vocabulary(student.eval().requires_grad_(False))
     with _trainable(student, layers, settings) as (weights, finished):
         adam = torch.optim.AdamW(list(weights.values()), lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0)
         about = f"{settings} seq_len={calibration_NT.shape[1]}"
@@ -98,11 +97,12 @@ def recover(
             while done < settings.steps:
                 ids_BT = batches[done].to(device)
                 with torch.no_grad():
-                    teacher_BTD = whole.hidden(ids_BT)
+                    teacher_BTD = dense.hidden(ids_BT)
                 student_BTD = pruned.hidden(ids_BT)
                 loss, ce, kl = distillation_loss(
-                    student_BTD, teacher_BTD, ids_BT, settings.kd_weight, settings.kd_temperature, head, teacher_head
-                )
+                    student_BTD, teacher_BTD, ids_BT, settings.kd_weight, settings.kd_temperature,
+                    pruned.head, dense.head,
+                )  # fmt: skip
                 (loss / (1.0 + settings.kd_weight)).backward()
                 norm = nn.utils.clip_grad_norm_(weights.values(), LARGEST_GRADIENT)
                 if not (torch.isfinite(loss) and torch.isfinite(norm)):

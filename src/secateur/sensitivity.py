@@ -61,7 +61,6 @@ def gate_sensitivity(
     anchor = torch.zeros((), device=device, requires_grad=True)
     totals = [torch.zeros(g.units, device=device) for g in groups]
     vocabulary = Vocabulary(model)
-    head = vocabulary.head()
     rows = 1 if any(g.experts for g in groups) else ROWS_AT_ONCE  # experts see tokens without their sequences
     with ExitStack() as stack:
         experts = {}
@@ -89,7 +88,7 @@ def gate_sensitivity(
                 p_RV.scatter_add_(1, labels_R1, torch.full_like(p_R1, -1.0))
                 return -p_R1.log().sum(0), p_RV.to(logits_RV.dtype)
 
-            (in_chunks(hidden_RD, head, surprise)[0] / (ids_BT.shape[1] - 1)).backward()
+            (in_chunks(hidden_RD, vocabulary.head, surprise)[0] / (ids_BT.shape[1] - 1)).backward()
             done += len(ids_BT)
             on_row(done)
     tokens = ids_NT.shape[1] - 1

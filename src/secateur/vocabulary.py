@@ -1,16 +1,17 @@
 """From hidden states to losses over the vocabulary, in chunks: no tensor of tokens × vocabulary is ever whole.
 
-Serves everything that looks at next-token distributions: learning, recovery, sensitivity, evaluation. A model runs to
-the hidden states that its output head reads (`Vocabulary.hidden`), which are small. The head then goes through them
-some rows at a time; of a chunk's logits and their softmax only the gradient by its hidden states is kept.
+Serves everything that looks at next-token distributions: learning, recovery, sensitivity, evaluation. The base model
+gives the hidden states that the output head reads, which are small. The head then goes through them some rows at a
+time; of a chunk's logits and their softmax only the gradient by its hidden states is kept.
 
 What turns hidden states into logits (caps, scales, biases) is the model's own `forward`, called with its base model
-standing still: nothing here knows a family. A model whose head sees more than one row of hidden states at a time is
-found out when it is looked at first, and its logits are made at once, as ever.
+standing still: nothing here knows a family. A model whose head needs more than rows of hidden states is found out when
+it is looked at first, and its logits are made at once, as ever.
 
-Liger's kernels do not fit (read in their source, 2025): the fused distillation loss for CUDA holds a float32 tensor of
-tokens × vocabulary for the loss itself; the chunked one makes a gradient of the head's weights, here frozen; both leave
-out τ² and take a linear map for the head, without caps or scales.
+Liger's kernels do not fit (read in their source, 2025 and 2026). `fused_linear_jsd` holds a float32 tensor of tokens ×
+vocabulary for its loss and knows no labels; the chunked distillation losses, for labels and teacher together, always
+make a gradient of the head's weights, here frozen, and leave out τ²; `fused_linear_cross_entropy` knows no teacher, so
+that the product with the head would be made twice. The first two take a linear map for the head, without caps or scales.
 
 Shape suffixes: B batch, T positions, R = B·T rows, D hidden size, V vocabulary.
 """
@@ -20,7 +21,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,97 +66,63 @@ def given(words: int) -> Head:
 class Vocabulary:
     """A causal LM, cut in two before its output head, which is frozen; good for as long as autocast stays as it is.
 
-    Looking at a model takes one pass over three tokens.
+    Looking at a model takes two passes over three tokens.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        self.words = 0
-        self.whole: str | None = None
-        """Why logits are made at once; None: they are made in chunks."""
-        self._output: type[ModelOutput] | None = None
-        self._weights: dict[str, Tensor] = {}
-        self.whole = self._reason()
-        if self.whole is None:
-            self._weights = self._lowered()
+        self._weights = self._lowered()
+        self._output: type[ModelOutput] = ModelOutput
+        ids_BT = torch.arange(3, device=next(model.parameters()).device)[None]
+        with torch.no_grad():
+            logits_BTV = model(ids_BT, use_cache=False).logits
+            self.whole = self._reason(ids_BT, logits_BTV)
+            """Why logits are made at once; None: they are made in chunks."""
+        words = logits_BTV.shape[-1]
+        self.head = Head(words, self._logits) if self.whole is None else given(words)
+        """What reads rows of `hidden`."""
         if self.whole is not None:
             warnings.warn(f"logits of all tokens of a batch are held at once: {self.whole}", stacklevel=2)
 
     def hidden(self, ids_BT: Tensor) -> Tensor:
-        """What the head reads, shape (B, T, D), from the model as it is called: hooks, gates and all."""
+        """What the head reads, shape (B, T, D): hidden states or, where the model cannot be cut, its logits."""
         if self.whole is not None:
             logits_BTV: Tensor = self.model(ids_BT, use_cache=False).logits
             return logits_BTV
-        return self._run(ids_BT)
+        hidden_BTD: Tensor = self.model.base_model(ids_BT, use_cache=False).last_hidden_state
+        return hidden_BTD
 
-    def head(self) -> Head:
-        """The head."""
-        if self.whole is not None:
-            return given(self.words)
-        output = self.model.get_output_embeddings()
-        trained = output is not None and any(p.requires_grad for p in output.parameters())
-
-        def logits(hidden_RD: Tensor) -> Tensor:
-            assert not (trained and hidden_RD.requires_grad), "no gradient reaches the head's weights"
-            return self._logits(hidden_RD[None])[0]
-
-        return Head(self.words, logits)
-
-    @torch.no_grad()
-    def _reason(self) -> str | None:
-        """Looks at the model; why its head cannot go through rows of hidden states in chunks, None if it can."""
-        ids_BT = torch.arange(3, device=next(self.model.parameters()).device)[None]
-        logits_BTV = self.model(ids_BT, use_cache=False).logits
-        self.words = logits_BTV.shape[-1]
+    def _reason(self, ids_BT: Tensor, logits_BTV: Tensor) -> str | None:
+        """Why the head cannot go through rows of hidden states in chunks; None if it can: tried on `ids_BT`."""
         name = type(self.model).__name__
         if self.model.base_model is self.model:
             return f"{name} is not a base model and a head"
         try:
-            hidden_BTD = self._run(ids_BT)
-            apart = [self._logits(hidden_BTD[:, part]) for part in (slice(0, 2), slice(2, 3))]
+            output = self.model.base_model(ids_BT, use_cache=False)
+            self._output = type(output)
+            found_RV = torch.cat([self._logits(rows_RD) for rows_RD in output.last_hidden_state[0].split(2)])
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             return f"the head of {name} does not read its base model's last hidden states alone ({error})"
-        found_BTV = torch.cat(apart, dim=1) if apart[0].shape[-1] == self.words else apart[0]
-        if found_BTV.shape != logits_BTV.shape:
+        expected_RV = logits_BTV[0]
+        if found_RV.shape != expected_RV.shape:
             return f"the head of {name} does not give a row of logits for a row of hidden states"
-        if not (found_BTV - logits_BTV).abs().max() <= SAME_LOGITS * logits_BTV.abs().max():
-            return f"the head of {name} gives other logits for a row of hidden states alone than among others"
+        if not (found_RV - expected_RV).norm() <= SAME_LOGITS * expected_RV.norm():
+            return f"the head of {name} gives other logits for rows of hidden states alone than within the model"
         return None
 
-    def _run(self, ids_BT: Tensor) -> Tensor:
-        """Hidden states of all positions, from the whole model with a head that only sees one of them."""
-        found: list[ModelOutput] = []
-
-        def cut(_module: nn.Module, _args: Any, output: ModelOutput) -> ModelOutput:
-            found.append(output)
-            one_11D = output["last_hidden_state"][0, 0][None, None]  # with strides that F.linear takes without a copy
-            return type(output)(**{**output, "last_hidden_state": one_11D})
-
-        hook = self.model.base_model.register_forward_hook(cut)
-        try:
-            self._call(ids_BT)
-        finally:
-            hook.remove()
-        if len(found) != 1:
-            raise ValueError(f"the base model runs {len(found)} times")
-        self._output = type(found[0])
-        hidden_BTD: Tensor = found[0]["last_hidden_state"]
-        return hidden_BTD
-
-    def _logits(self, hidden_BTD: Tensor) -> Tensor:
-        """The model's own way from hidden states to logits; of token ids it only sees the shape."""
-        assert self._output is not None
-        ids_BT = torch.zeros(hidden_BTD.shape[:2], dtype=torch.long, device=hidden_BTD.device)
-        with _standing_still(self.model.base_model, self._output(last_hidden_state=hidden_BTD)):
-            return self._call(ids_BT)
-
-    def _call(self, ids_BT: Tensor) -> Tensor:
-        output = functional_call(self.model, self._weights, (ids_BT,), {"use_cache": False}, tie_weights=False)
-        logits_BTV: Tensor = output.logits
-        return logits_BTV
+    def _logits(self, hidden_RD: Tensor) -> Tensor:
+        """The model's own way from hidden states to logits; of token ids it only sees how many they are."""
+        output = self.model.get_output_embeddings()
+        trained = output is not None and any(p.requires_grad for p in output.parameters())
+        assert not (trained and hidden_RD.requires_grad), "no gradient reaches the head's weights"
+        ids_BT = torch.zeros((1, len(hidden_RD)), dtype=torch.long, device=hidden_RD.device)
+        with _standing_still(self.model.base_model, self._output(last_hidden_state=hidden_RD[None])):
+            whole = functional_call(self.model, self._weights, (ids_BT,), {"use_cache": False}, tie_weights=False)
+        logits_RV: Tensor = whole.logits[0]
+        return logits_RV
 
     def _lowered(self) -> dict[str, Tensor]:
-        """The head's weights, by name, as autocast would otherwise make them for every call anew; none without it."""
+        """The head's weights, by name, as autocast would otherwise make them for every chunk anew; none without it."""
         head = self.model.get_output_embeddings()
         if not isinstance(head, nn.Linear) or not torch.is_autocast_enabled(head.weight.device.type):
             return {}
@@ -192,12 +158,8 @@ class _InChunks(torch.autograd.Function):
         grad_RD = torch.empty_like(hidden_RD)
         values = []
         for part in head.chunks(len(hidden_RD), hidden_RD.device):
-            with torch.enable_grad():
-                own_RD = hidden_RD[part].detach().requires_grad_()
-                logits_RV = head.logits(own_RD)
-            value_K, by_logits_RV = work(logits_RV.detach(), part)
+            value_K, grad_RD[part] = _of_chunk(hidden_RD[part], head, work, part)
             values.append(value_K)
-            (grad_RD[part],) = torch.autograd.grad(logits_RV, own_RD, by_logits_RV)
         ctx.save_for_backward(grad_RD)
         return torch.stack(values).sum(0)
 
@@ -205,6 +167,16 @@ class _InChunks(torch.autograd.Function):
     def backward(ctx, grad_K):  # type: ignore[no-untyped-def]
         (grad_RD,) = ctx.saved_tensors
         return grad_RD.mul_(grad_K[0]), None, None
+
+
+def _of_chunk(hidden_RD: Tensor, head: Head, work: Work, part: slice) -> tuple[Tensor, Tensor]:
+    """Values, and the gradient of the first: a function of its own, so that its logits are gone before the next ones."""
+    with torch.enable_grad():
+        own_RD = hidden_RD.detach().requires_grad_()
+        logits_RV = head.logits(own_RD)
+    value_K, by_logits_RV = work(logits_RV.detach(), part)
+    (grad_RD,) = torch.autograd.grad(logits_RV, own_RD, by_logits_RV)
+    return value_K, grad_RD
 
 
 def in_chunks(hidden_RD: Tensor, head: Head, work: Work) -> Tensor:
