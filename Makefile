@@ -54,8 +54,9 @@ $(SERVE)/.installed: pyproject.toml constraints-serve.txt
 	$(SERVE)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
-# RUN=runs/mine serves another run.
+# RUN=runs/mine serves another run. Left alone, vLLM takes nearly all memory of the machine for its cache; the unit is GiB.
 RUN ?= runs/demo
+serve: export VLLM_CPU_KVCACHE_SPACE ?= 2
 serve: $(SERVE)/.installed
 	$(SERVE)/bin/python -m vllm.entrypoints.openai.api_server --model $(RUN)/model --max-model-len 2048
 

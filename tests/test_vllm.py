@@ -69,10 +69,10 @@ MODEL = Path(__file__).parents[1] / ".cache/smollm2/SmolLM2-135M-Instruct.Q4_1.g
 PROMPTS = [row.tolist() for row in tokens(batch=8, length=12)]
 
 
-def exported(folder, model_type, changes, units=None, tokenizer=None, **plan):
+def exported(folder, model_type, changes, units=None, tokenizer=None, attention_unit=None, **plan):
     """A pruned checkpoint of a tiny random model, and the unpruned one beside it."""
     model = tiny(model_type, **WIDE | changes)
-    description = describe(model)
+    description = describe(model, attention_unit)
     if units is not None:
         groups = tuple(g for g in description.groups if g.kind in units)
         description = dataclasses.replace(description, groups=groups)
@@ -105,6 +105,18 @@ def test_dense_models_with_widths_by_layer(tmp_path, model_type, changes):
 @pytest.mark.parametrize(("model_type", "changes"), DENSE[1:2] + DENSE[4:6])
 def test_sublayers_that_are_gone(tmp_path, model_type, changes):
     exported(tmp_path, model_type, changes, close=CLOSED)
+    check(tmp_path)
+
+
+@pytest.mark.parametrize("unit", ["heads", "nested"])
+@pytest.mark.parametrize(("model_type", "changes"), [DENSE[1], DENSE[5], DENSE[8]])
+def test_query_heads_within_groups(tmp_path, model_type, changes, unit):
+    more = {"num_attention_heads": 16, "num_key_value_heads": 4}
+    written = config(exported(tmp_path, model_type, changes | more, attention_unit=unit, close=("layers.0.channels",)))
+    said = [
+        set(layer) & {"num_attention_heads", "num_key_value_heads"} for layer in written["per_layer_config"].values()
+    ]
+    assert all(keys == {"num_attention_heads"} for keys in said) is (unit == "heads")
     check(tmp_path)
 
 

@@ -68,12 +68,18 @@ def random_plan(
     loses all, as do `close_experts` of every layer; `share`: of all, instead of about half."""
     generator = torch.Generator().manual_seed(seed)
     kept, scales = {}, {}
+    nested = any(group.keys for group in description.groups)  # three groups a layer
     for number, group in enumerate(description.groups):
-        keep = share or (0.5 if shape == "uniform" else (0.35, 0.65, 0.5)[number % 3])
+        keep = share or (0.5 if shape == "uniform" else (0.35, 0.65, 0.5)[(number + nested * group.layer) % 3])
         if group.experts and shape == "uniform":
             count = max(1, round(keep * group.width))
             orders = [torch.randperm(group.width, generator=generator)[:count] for _ in range(group.experts)]
             chosen = torch.cat([e * group.width + order for e, order in enumerate(orders)])
+        elif group.kv_heads:
+            count = max(1, round(keep * group.width))
+            keys = kept[group.keys].tolist() if group.keys else range(group.kv_heads)
+            orders = [k * group.width + torch.randperm(group.width, generator=generator)[:count] for k in keys]
+            chosen = torch.cat([*orders, torch.zeros(0, dtype=torch.int64)])
         else:
             chosen = torch.randperm(group.units, generator=generator)[: max(1, round(keep * group.units))]
         if group.experts:

@@ -9,17 +9,17 @@ gates are put on it, which computes what the exported checkpoint computes (a run
 import argparse
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from pydoc_data.topics import topics
 
-from rich.console import Console
-from rich.table import Table
-
+from secateur.bos import leading_bos
+from secateur.describe import describe
 from secateur.evaluate import mean_loss, windows
 from secateur.files import InputError
-from secateur.gates import architecture_fingerprint
 from secateur.load import load
 from secateur.plan import load_plan
+from secateur.stages import open_session
 
 
 def main() -> int:
@@ -30,23 +30,23 @@ def main() -> int:
     parser.add_argument("--windows", type=int, default=20)
     parser.add_argument("--length", type=int, default=512)
     options = parser.parse_args()
-    console = Console(highlight=False)
     try:
         loaded = load(options.model, "auto", "float32", trust_remote_code=False)
         text = "\n\n".join(topics[name] for name in sorted(topics))
         ids_T = loaded.tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
-        ids_NT = windows(ids_T, options.windows, options.length, "Python's reference manual")
+        bos = leading_bos(loaded.model, loaded.tokenizer)
+        ids_NT = windows(ids_T, options.windows, options.length, "Python's reference manual", bos)
         dense = mean_loss(loaded.model, ids_NT)
-        table = Table("run", "perplexity", "× unpruned", title="Python's reference manual", title_justify="left")
-        table.add_row("unpruned", f"{math.exp(dense):.2f}", "1.000")
-        groups = loaded.description.groups
-        architecture = architecture_fingerprint(groups, loaded.description.shapes)
+        print(f"unpruned: perplexity {math.exp(dense):.2f} on Python's reference manual")
         for run in options.runs:
-            plan, _ = load_plan(run / "plan.json", groups, architecture)
+            session = open_session(run)
+            c = session.config
+            description = describe(loaded.model, c.attention_unit).only(c.units).keeping(c.keep)
+            session.loaded = replace(loaded, description=description)
+            groups = description.groups
+            plan, _ = load_plan(session.run.plan, groups, session.architecture)
             loss = mean_loss(loaded.model, ids_NT, groups, plan.gates(groups))
-            table.add_row(run.name, f"{math.exp(loss):.2f}", f"{math.exp(loss - dense):.3f}")
-            console.print(f"{run.name}: {math.exp(loss - dense):.3f} × unpruned")
-        console.print(table)
+            print(f"{run.name}: {math.exp(loss):.2f}, {math.exp(loss - dense):.3f} × unpruned", flush=True)
     except InputError as error:
         print(f"elsewhere: {error}", file=sys.stderr)
         return 2

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from secateur.experts import Inside, inside_experts
-from secateur.units import Group
+from secateur.units import Group, by_writer
 
 
 def writer(model: nn.Module, group: Group) -> nn.Linear:
@@ -74,9 +74,11 @@ def attached(
 
     `biases`, where given, are added to the outputs of their groups' writers.
     """
+    groups = list(groups)
     with ExitStack() as stack:
         experts = {}
-        for group in groups:
+        gates = by_writer(groups, gates)
+        for group in (g for g in groups if g.writes):
             gate = gates[group.name]
             if group.experts:
                 experts[group.gate_at] = _multiply_channels(group.by_expert(gate))

@@ -2,21 +2,26 @@
 
 Method §3: the sparsity term s̄ − ρ; here s̄ is a mean of retention scores weighted by parameters, so that a head counts
 for as much as it holds. `model` is one budget over all units, `kind` the paper's one a kind, `layer` equal widths.
+`--budget` weighs units by other costs (costs.py), each over the whole model.
 
-Shape suffixes: N units of the whole model, C constraints.
+Shape suffixes: N units of the whole model, C constraints, M units in constraints (a unit once in each), G groups.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import ceil, floor, prod
+from math import floor, prod
 
 import torch
 
 from secateur.config import Tie
+from secateur.costs import Bound, stored_when_empty, widths_within
 from secateur.describe import Description
 from secateur.files import InputError
-from secateur.policy import RAGGED, Policy, nearest, permitted
-from secateur.units import Group, Shapes, Size, sliced_shapes, unit_params, whole
+from secateur.knapsack import fitting, in_turn, prices
+from secateur.nested import Pair, path
+from secateur.policy import RAGGED, Policy, nearest, permitted, permitted_pairs
+from secateur.units import FEWEST_EXPERTS, Group, Shapes, Size, sliced_shapes, unit_params, whole
+from secateur.widths import equal_or_checked
 
 
 @dataclass(frozen=True)
@@ -24,15 +29,17 @@ class Rows:
     """A group whose units go together in rows, by their rank: a kept set then has one of a few widths.
 
     The first row holds the best units, as many as the least width, the next one those up to the next width, and so on;
-    of experts, as many of each. A row stays only if the rows before it do.
+    of experts, or of the query heads of each KV head, as many of each. A row stays only if the rows before it do.
     """
 
     where: slice
     """The group's units among all."""
     widths: tuple[int, ...]
-    """What the group, or each of its experts, may be wide, rising; units beyond the last are never kept."""
-    experts: int = 0
-    """How many experts the units are those of; 0: none."""
+    """What the group, or each of its parts, may be wide, rising; units beyond the last are never kept."""
+    parts: int = 1
+    """How many experts, or KV heads, the units are those of."""
+    experts: bool = False
+    """Whether they are those of experts."""
     can_go: bool = False
     """Whether experts without a unit of rank above 0 go whole, and not by rows."""
 
@@ -55,20 +62,75 @@ class Budget:
     """The shape that `rows` follow from."""
     rows: tuple[Rows, ...] = ()
     """Groups whose units go together."""
+    pairs: tuple[Pair, ...] = ()
+    """Groups of KV heads and of query heads that go together."""
+    bounds: tuple[Bound, ...] = ()
+    """Budgets on the whole model, which are the constraints then, in the place of those above."""
+    groups: tuple[Group, ...] = ()
+    """Where there are bounds, whose units these are."""
 
     def __post_init__(self) -> None:
-        total_C = torch.zeros_like(self.allowed_C).index_add(0, self.constraint_N, self.params_N)
-        self.weight_N = (self.params_N / total_C[self.constraint_N]).float()
-        """Share of its constraint's parameters that a unit holds."""
+        device, cost_M, allowed_C = self.constraint_N.device, self.params_N, self.allowed_C
+        self.unit_M, self.constraint_M = torch.arange(len(cost_M), device=device), self.constraint_N
+        if self.bounds:
+            self.names = tuple(b.name for b in self.bounds)
+            units_G = torch.tensor([g.units for g in self.groups], device=device)
+            cost_CG = torch.tensor([[c.at(g.units) for c, g in zip(b.costs, self.groups, strict=True)]
+                                    for b in self.bounds], device=device)  # fmt: skip
+            self.group_N = torch.arange(len(units_G), device=device).repeat_interleave(units_G)
+            spread_CN = (cost_CG.double() / units_G)[:, self.group_N]
+            self.constraint_M, self.unit_M = spread_CN.nonzero(as_tuple=True)
+            cost_M = spread_CN[self.constraint_M, self.unit_M]
+            allowed_C = torch.tensor([b.allowed - b.fixed for b in self.bounds], device=device)
+            opening_CG = torch.tensor([[c.opening for c in b.costs] for b in self.bounds], device=device)
+            self.opening_CG = (opening_CG / cost_CG.sum(1, keepdim=True)).float()
+        total_C = torch.zeros_like(allowed_C, dtype=cost_M.dtype).index_add(0, self.constraint_M, cost_M)
+        self.weight_M = (cost_M / total_C[self.constraint_M]).float()
+        """Share of its constraint's cost that a unit holds."""
         self.share_N = (self.params_N / self.params_N.sum()).float()
         """Share of all units' parameters that a unit holds."""
-        self.share_C = (total_C / self.params_N.sum()).float()
-        self.target_C = (self.allowed_C / total_C).float()
-        """ρ, the share of its parameters that a constraint may keep."""
+        self.target_C = (allowed_C / total_C).float()
+        """ρ, the share of its cost that a constraint may keep."""
+        share_C = (total_C / self.params_N.sum()).float()
+        self.target = None if self.bounds else float((self.target_C * share_C).sum())
+        """Share of all units' parameters that may be kept, where that is what is bounded."""
+
+    def entries(self, value_N: torch.Tensor) -> torch.Tensor:
+        """Values of the units in constraints, shape (M,)."""
+        return value_N[self.unit_M]
+
+    def gathered(self, value_M: torch.Tensor) -> torch.Tensor:
+        """Sums over the constraints that a unit is in, shape (N,)."""
+        return torch.zeros_like(self.share_N).index_add(0, self.unit_M, value_M) if self.bounds else value_M
+
+    def mean(self, value_M: torch.Tensor) -> torch.Tensor:
+        """Of every constraint, shape (C,), weighted by cost."""
+        return torch.zeros_like(self.target_C).index_add(0, self.constraint_M, self.weight_M * value_M)
 
     def kept_share(self, score_N: torch.Tensor) -> torch.Tensor:
-        """s̄ of every constraint, shape (C,): the mean of the scores, weighted by parameters."""
-        return torch.zeros_like(self.target_C).index_add(0, self.constraint_N, self.weight_N * score_N)
+        """s̄ of every constraint, shape (C,): the mean of the scores, weighted by cost."""
+        return self.mean(self.entries(score_N)) + self.excess(score_N)
+
+    def excess(self, score_N: torch.Tensor) -> torch.Tensor:
+        """What s̄ misses, shape (C,): its mean spreads over all units what opens a sublayer, which costs as much as the
+        highest score says. A figure without gradient: all units of a sublayer feel the mean's alike."""
+        if not self.bounds:
+            return torch.zeros_like(self.target_C)
+        score_N, none_G = score_N.detach(), torch.zeros(len(self.groups), device=score_N.device)
+        highest_G = none_G.scatter_reduce(0, self.group_N, score_N, "amax")
+        mean_G = none_G.scatter_reduce(0, self.group_N, score_N, "mean", include_self=False)
+        return self.opening_CG @ (highest_G - mean_G)
+
+    def per_cost(self, value_N: torch.Tensor) -> torch.Tensor:
+        """What units are worth for what they cost, shape (N,): for a share of the units' parameters, or of the budgets
+        at the prices at which these would be met."""
+        if not self.bounds:
+            return value_N / self.share_N
+        weight_CN = torch.zeros(len(self.names), len(value_N), device=value_N.device)
+        weight_CN[self.constraint_M, self.unit_M] = self.weight_M
+        price_C = prices(value_N, weight_CN, self.target_C) if len(self.names) > 1 else torch.ones_like(self.target_C)
+        cost_N = price_C @ weight_CN
+        return value_N / cost_N.clamp(min=1e-6 * float(cost_N.max()))  # some may cost nothing
 
     def share_of(self, score_N: torch.Tensor) -> float:
         """Share of all units' parameters that scores (or a mask) of shape (N,) keep."""
@@ -87,42 +149,61 @@ def make_budget(
     scope: str,
     tie: Tie | None = None,
     policy: Policy = RAGGED,
+    bounds: tuple[Bound, ...] = (),
 ) -> Budget:
-    """The constraints that remove the share `sparsity` of all parameters that belong to units.
+    """The constraints that remove the share `sparsity` of all parameters that belong to units, or else the `bounds`.
 
     With scope `layer` or `expert` all layers keep as many units of a kind: heads rounded to the nearest whole number,
     channels take up the rest; `expert` asks the same of the experts of a layer. `tie` says what of a mixture goes
     together, `policy` which widths there may be, at least one for each group (`Description.check_shape`). Raises
-    InputError when no such widths meet the budget.
+    InputError when no such widths, or no units at all, meet the budget.
     """
     params = {g.name: unit_params(g, shapes) for g in groups}
-
-    def wrong(shape: Policy) -> str | None:
-        try:
-            _equal_or_checked(groups, params, sparsity, scope, tie, shape)
-        except InputError as error:
-            return str(error)
-        return None
-
-    if not policy.free and (reason := wrong(policy)):
-        instead = nearest(policy, lambda shape: all(permitted(g, shape) for g in groups) and not wrong(shape), groups)
-        raise InputError(f"{reason}; {instead}" if instead else reason)
-    widths = _equal_or_checked(groups, params, sparsity, scope, tie, policy)
+    if bounds and scope == "layer" and tie != "experts":
+        scope = "expert"  # the units of experts that are gone could widen others beyond a bound
     equal = scope in ("layer", "expert")
+
+    def widths_for(shape: Policy) -> dict[str, int]:
+        if bounds:
+            return widths_within(groups, bounds, equal, tie == "experts", shape)
+        return equal_or_checked(groups, params, sparsity, scope, tie, shape)
+
+    def works(shape: Policy) -> bool:
+        if not all(permitted(g, shape) for g in groups):
+            return False
+        try:
+            widths_for(shape)
+        except InputError:
+            return False
+        return True
+
+    if equal and any(g.keys for g in groups):
+        raise InputError("--attention-unit nested leaves layers of different widths; use kv-groups or heads")
+    try:
+        widths = widths_for(policy)
+    except InputError as error:
+        instead = None if policy.free else nearest(policy, works, groups)
+        raise InputError(f"{error}; {instead}" if instead else str(error)) from None
     allowed: dict[str, int] = {}
     numbers: dict[str, int] = {}
     constraints, start = [], 0
     rows: list[Rows] = []
+    pairs: list[Pair] = []
+    where: dict[str, slice] = {}
     for g in groups:
-        free = policy.free and not g.experts
-        if not free and not (g.experts and (tie is None or scope == "expert")):
-            where = slice(start, start + g.units)
-            rows.append(Rows(where, permitted(g, policy), g.experts, bool(g.experts) and not g.shared))
+        where[g.name] = slice(start, start + g.units)
+        together = tie is not None and scope != "expert" if g.experts else g.parts > 1 or not policy.free
+        if g.keys:
+            pairs.append(Pair(where[g.keys], where[g.name], permitted_pairs(g, policy)))
+        elif g.writes and together:
+            can_go = bool(g.experts) and not g.shared
+            rows.append(Rows(where[g.name], permitted(g, policy), g.parts, bool(g.experts), can_go))
         start += g.units
         parts = g.experts if scope == "expert" and g.experts else 1
         for part in range(parts):
-            name = {"model": "all units", "kind": g.kind}.get(scope, f"{g.name}.{part}" if parts > 1 else g.name)
-            units = widths.get(g.name, g.width) * (g.experts or 1) // parts
+            kind = g.kind if g.writes else "heads"  # nested KV heads and query heads are one constraint
+            name = {"model": "all units", "kind": kind}.get(scope, f"{g.name}.{part}" if parts > 1 else g.name)
+            units = widths.get(g.name, g.width) * g.parts // parts
             allowed[name] = allowed.get(name, 0) + units * params[g.name]
             constraints.append(torch.full((g.units // parts,), numbers.setdefault(name, len(numbers))))
     if not equal:
@@ -136,6 +217,9 @@ def make_budget(
         tie if mixed and scope != "expert" else None,
         policy,
         tuple(rows),
+        tuple(pairs),
+        () if equal else bounds,
+        tuple(groups) if bounds and not equal else (),
     )
 
 
@@ -149,26 +233,30 @@ def everything(groups: Sequence[Group]) -> Budget:
 def largest_that_fits(rank_N: torch.Tensor, limits: Budget) -> torch.Tensor:
     """The kept set, a mask of shape (N,): units by falling rank as long as they fit, then smaller ones that do.
 
-    Where units go together, by their mean rank: ranks stand for what a parameter is worth, and the units of a group
-    are of one size, so a row is worth the mean of its units.
+    Where units go together, by their mean rank, weighted by parameters: ranks stand for what a parameter is worth.
     """
     rank_N, device = rank_N.detach().cpu(), rank_N.device
     params_N, constraint_N = limits.params_N.cpu(), limits.constraint_N.cpu()
-    if not limits.rows:
+    if not (limits.rows or limits.pairs or limits.bounds):
         return _fitting(rank_N, params_N, constraint_N, limits.allowed_C).to(device)
     owner_N, chain_N = _tied(rank_N, limits)
     has_N = owner_N >= 0
     if not has_N.any():
         return torch.zeros(len(rank_N), dtype=torch.bool, device=device)
     owner_M, count = owner_N[has_N], int(owner_N.max()) + 1
-    size_O = torch.zeros(count).index_add(0, owner_M, torch.ones(len(owner_M)))
-    rank_O = torch.zeros(count).index_add(0, owner_M, rank_N[has_N].float()) / size_O
     params_O = torch.zeros(count, dtype=torch.int64).index_add(0, owner_M, params_N[has_N])
+    worth_O = torch.zeros(count, dtype=torch.float64).index_add(0, owner_M, rank_N[has_N].double() * params_N[has_N])
+    rank_O = (worth_O / params_O).float()
     constraint_O = torch.zeros(count, dtype=torch.int64).index_copy(0, owner_M, constraint_N[has_N])
     chain_O = torch.zeros(count, dtype=torch.int64).index_copy(0, owner_M, chain_N[has_N])
-    for rows in range(len(limits.rows)):  # a short row's mean may be rounded above that of the row before it
-        rank_O[chain_O == rows] = rank_O[chain_O == rows].cummin(0).values
-    kept_O = _fitting(rank_O, params_O, constraint_O, limits.allowed_C, chain_O)
+    for chain in range(len(limits.rows) + len(limits.pairs)):  # a short row's mean may be rounded up
+        rank_O[chain_O == chain] = rank_O[chain_O == chain].cummin(0).values
+    if limits.bounds:
+        chains, group_G = _chains(owner_N, limits)
+        chain_O.index_copy_(0, owner_M, group_G[limits.group_N.cpu()[has_N]])
+        kept_O = fitting(rank_O, chain_O, chains, limits.bounds)
+    else:
+        kept_O = _fitting(rank_O, params_O, constraint_O, limits.allowed_C, chain_O)
     return (kept_O[owner_N] & has_N).to(device)
 
 
@@ -187,7 +275,7 @@ def _fitting(
         while len(waiting):
             fits = params_N[waiting] <= allowed
             if chain_N is not None:
-                fits = _in_turn(fits, chain_N[waiting])
+                fits = in_turn(fits, chain_N[waiting])
             waiting = waiting[fits]
             taken = params_N[waiting].cumsum(0) <= allowed
             kept_N[waiting[taken]] = True
@@ -196,25 +284,50 @@ def _fitting(
     return kept_N
 
 
-def _in_turn(fits_W: torch.Tensor, chain_W: torch.Tensor) -> torch.Tensor:
-    """Of what waits in order, what fits and stands in its chain behind nothing that does not."""
-    place_W, number_W = torch.arange(len(fits_W)), chain_W + 1
-    first = torch.full((int(number_W.max()) + 1,), len(fits_W))  # of each chain, what does not fit
-    first.scatter_reduce_(0, number_W[~fits_W], place_W[~fits_W], "amin")
-    return fits_W & ((chain_W < 0) | (place_W < first[number_W]))
+def _chains(owner_N: torch.Tensor, limits: Budget) -> tuple[list[dict[int, torch.Tensor]], torch.Tensor]:
+    """The chains that `fitting` takes items from: for each group, or two that go together, the units that are stored
+    with nothing kept of it, with the first item, and so on. And the chain of each group, shape (G,)."""
+    starts = {rows.where.start: rows for rows in limits.rows}
+    paired = {at.start: pair for pair in limits.pairs for at in (pair.keys, pair.heads)}
+    chains: list[dict[int, torch.Tensor]] = []
+    numbers: dict[int, int] = {}
+    number_G, start = [], 0
+    for g, group in enumerate(limits.groups):
+        rows, pair, owner_U = starts.get(start), paired.get(start), owner_N[start : start + group.units]
+        key = start if pair is None else pair.keys.start
+        start += group.units
+        if key not in numbers:
+            numbers[key] = len(chains)
+            chains.append({})
+        number_G.append(numbers[key])
+        if pair is not None:
+            step_K, step_U = owner_N[pair.keys], owner_U[owner_U >= 0]
+            first = int(step_K[step_K >= 0].min())  # some KV head comes with the first step
+            count = int(owner_N[pair.heads].max()) - first + 1  # and query heads with every one
+            steps = torch.bincount(step_U - first, minlength=count).cumsum(0).tolist()
+        elif rows is None:
+            steps = list(range(1, group.units + 1))
+        elif group.experts and limits.tie == "experts":
+            steps = [group.width * max(FEWEST_EXPERTS, n) for n in range(1, group.experts + 1)]
+        else:
+            living = int((group.by_part(owner_U) >= 0).any(1).sum())
+            parts = max(FEWEST_EXPERTS, living) if group.experts else group.parts
+            steps = [width * parts for width in rows.widths]
+        chains[number_G[g]][g] = torch.tensor([stored_when_empty(group, limits.policy), *steps])
+    return chains, torch.tensor(number_G)
 
 
 def _tied(rank_N: torch.Tensor, limits: Budget) -> tuple[torch.Tensor, torch.Tensor]:
     """The number of what each unit belongs to, shape (N,): itself, an expert, or a row (of its layer's experts: of all
     of them). −1 for units that cannot stay: those beyond the last width, and experts that go whole.
 
-    And the number of the `Rows` it is in, −1 where it is in none.
+    And the number of the `Rows` or `Pair` it is in, −1 where it is in none.
     """
     owner_N, chain_N = torch.arange(len(rank_N)), torch.full((len(rank_N),), -1)
     for number, rows in enumerate(limits.rows):
-        rank_EC = rank_N[rows.where].unflatten(0, (rows.experts or 1, -1))
+        rank_EC = rank_N[rows.where].unflatten(0, (rows.parts, -1))
         if rows.experts and limits.tie == "experts":
-            first_E = owner_N[rows.where].unflatten(0, (rows.experts, -1))[:, :1]
+            first_E = owner_N[rows.where].unflatten(0, (rows.parts, -1))[:, :1]
             owner_N[rows.where] = first_E.expand_as(rank_EC).flatten()
             continue
         place_EC = rank_EC.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
@@ -222,6 +335,13 @@ def _tied(rank_N: torch.Tensor, limits: Budget) -> tuple[torch.Tensor, torch.Ten
         stays_EC = (row_EC < len(rows.widths)) & ((rank_EC > 0).any(1, keepdim=True) | (not rows.can_go))
         owner_N[rows.where] = torch.where(stays_EC, rows.where.start + row_EC, -1).flatten()
         chain_N[rows.where] = number
+    for number, pair in enumerate(limits.pairs, len(limits.rows)):
+        rank_K = rank_N[pair.keys]
+        cost = int(limits.params_N[pair.keys.start]), int(limits.params_N[pair.heads.start])
+        steps = path(rank_K, rank_N[pair.heads].unflatten(0, (len(rank_K), -1)), cost, pair.permitted)
+        for at, step in ((pair.keys, steps.keys_K), (pair.heads, steps.heads_KQ.flatten())):
+            owner_N[at] = torch.where(step >= 0, pair.keys.start + step, -1)
+            chain_N[at] = number
     numbers, compact_N = owner_N.unique(return_inverse=True)
     return compact_N - int(numbers[0] < 0), chain_N
 
@@ -238,92 +358,6 @@ def ranked(score_N: torch.Tensor, kept_N: torch.Tensor) -> torch.Tensor:
     return torch.where(kept_N, rank_N, rank_N - 1.0)
 
 
-def _equal_or_checked(
-    groups: Sequence[Group], params: Mapping[str, int], sparsity: float, scope: str, tie: Tie | None, policy: Policy
-) -> dict[str, int]:
-    """Group name → units, where widths are equal by layer. Raises InputError where a policy cannot meet a budget."""
-    if tie == "experts":
-        _check_whole_experts(groups, scope, policy)
-    if scope in ("layer", "expert"):
-        return dict(_equal_widths(groups, params, sparsity, tie, policy))
-    if not policy.free:
-        _check_reach(groups, params, sparsity, scope, policy)
-    return {}
-
-
-def _check_whole_experts(groups: Sequence[Group], scope: str, policy: Policy) -> None:
-    """Raises InputError where experts cannot go whole."""
-    if any(g.experts and g.width not in permitted(g, policy) for g in groups):
-        raise InputError(f"--shape {policy}: this method removes whole experts, and their width does not divide so")
-    if scope == "expert":
-        raise InputError("this method removes whole experts, so equal widths of all experts contradict it")
-    if any(g.experts and g.shared for g in groups):
-        raise InputError("this method removes whole experts, and those with biases give these without any channel, too")
-
-
-def _check_reach(
-    groups: Sequence[Group], params: Mapping[str, int], sparsity: float, scope: str, policy: Policy
-) -> None:
-    """Raises InputError where the widths of a policy cannot come within a row of a budget: the widest together leave
-    too much of it, or the narrowest is already too wide."""
-    for kind in dict.fromkeys(g.kind for g in groups) if scope == "kind" else [None]:
-        within = [g for g in groups if kind in (None, g.kind)]
-        each = {g.name: params[g.name] * (g.experts or 1) for g in within}
-        least = min(each[g.name] * permitted(g, policy)[0] for g in within)
-        most = sum(each[g.name] * permitted(g, policy)[-1] for g in within)
-        total = sum(each[g.name] * g.width for g in within)
-        room = floor((1.0 - sparsity) * total + 1e-6)
-        if room < least:
-            raise InputError(f"--sparsity {sparsity:g} leaves no room for any width that --shape {policy} permits")
-        if room - most >= least:
-            raise _unspent(policy, most / total, kind or "the units", sparsity)
-
-
-def _unspent(policy: Policy, most: float, what: str, sparsity: float) -> InputError:
-    """The error for a budget that a policy cannot spend."""
-    return InputError(
-        f"--shape {policy} permits no more than {most:.1%} of the parameters in {what}, and --sparsity {sparsity:g} "
-        f"asks to keep more: use --sparsity {ceil(1000 * (1.0 - most) - 1e-9) / 1000:g} or above"
-    )
-
-
-def _equal_widths(
-    groups: Sequence[Group], params: Mapping[str, int], sparsity: float, tie: Tie | None, policy: Policy
-) -> Iterator[tuple[str, int]]:
-    """Units to keep of each group, or of each of its experts, so that all groups of a kind are equally wide, within the
-    budget. One kind takes up what rounding leaves of it: experts' channels, else channels, else heads.
-
-    The width of shared experts that no key of the configuration says is a multiple of the routed experts' width.
-    """
-    kinds = dict.fromkeys(g.kind for g in groups)
-    for kind in kinds:
-        if len({(g.width, g.experts) for g in groups if g.kind == kind}) > 1:
-            raise InputError(f"the layers differ in their number of {kind}, so equal widths are not possible")
-    last = next((k for k in ("expert_channels", "channels") if k in kinds), [*kinds][-1])
-    filler = next(g for g in groups if g.kind == last)
-    tied = {g.kind: g.width / filler.width for g in groups if not g.sizes} if filler.experts else {}
-    allowed = (1.0 - sparsity) * sum(g.units * params[g.name] for g in groups)
-    kept: dict[str, int] = {}
-    for g in groups:
-        if g.kind != last and g.kind not in tied:
-            near = round(g.width * (1.0 - sparsity))
-            kept.setdefault(g.kind, min(permitted(g, policy), key=lambda width: abs(width - near)) if near else 0)
-            allowed -= float(kept[g.kind] * params[g.name])
-    a_unit: float = sum((g.experts or 1) * params[g.name] for g in groups if g.kind == last)
-    a_unit += sum(tied[g.kind] * params[g.name] for g in groups if g.kind in tied)
-    kept[last] = min(filler.width, floor(allowed / a_unit + 1e-9))
-    if tie != "experts" or not filler.experts:
-        kept[last] = max((w for w in permitted(filler, policy) if w <= kept[last]), default=0)
-    unspent = allowed - kept[last] * a_unit
-    kept |= {kind: round(kept[last] * multiple) for kind, multiple in tied.items()}
-    if min(kept.values()) < 1:
-        raise InputError(f"no equal widths remove {sparsity:.0%} of the units; use --shape ragged or lower --sparsity")
-    if not policy.free and unspent >= permitted(filler, policy)[0] * a_unit:
-        total = sum(g.units * params[g.name] for g in groups)
-        raise _unspent(policy, (1.0 - sparsity) - unspent / total, "the units", sparsity)
-    yield from ((g.name, kept[g.kind]) for g in groups)
-
-
 @dataclass(frozen=True)
 class Figures:
     """Exact sizes of a model, dense or pruned."""
@@ -333,7 +367,7 @@ class Figures:
     active_parameters: int
     """Those that a token meets: of a mixture's experts, as many as it is routed to. The same where there are none."""
     block_parameters: int
-    """Parameters that belong to units: what a budget counts."""
+    """Parameters that belong to units, those of `--keep` too: what sparsity is a share of."""
     flops_per_token: int
     """2 × the weights a token is multiplied by, output head included; attention over the context is not counted."""
     kv_bytes_per_token: int
@@ -357,7 +391,8 @@ def figures(
     return Figures(
         parameters=total,
         active_parameters=total - round(idle),
-        block_parameters=sum(sizes[g.name].units * unit_params(g, description.shapes) for g in groups),
+        block_parameters=description.held_parameters
+        + sum(sizes[g.name].units * unit_params(g, description.shapes) for g in groups),
         flops_per_token=round(2 * sum(counts[name] * share for name, share in multiplied.items())),
         kv_bytes_per_token=bytes_per_value * sum(shapes[name][0] for name in description.cached if name in shapes),
     )

@@ -46,7 +46,17 @@ def summary(results: Mapping[str, Any]) -> list[Row]:
             continue  # not a mixture of experts
         change = "" if pruned[key] == dense[key] else f"−{1 - pruned[key] / dense[key]:.1%}"
         rows.append((label, human(dense[key], unit), human(pruned[key], unit), change))
-    return rows + _task_rows(results.get("tasks", {}))
+    return rows + _budget_rows(results["rounding"].get("budgets", ())) + _task_rows(results.get("tasks", {}))
+
+
+def _budget_rows(budgets: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """A row a budget: what the models have of what it counts, and how much of it is spent."""
+    rows: list[Row] = []
+    for b in budgets:
+        unit = {"kv": "B", "bytes": "B", "flops": "FLOP"}.get(b["budget"].partition("=")[0], "")
+        bound = f"budget {b['budget']}: at most {human(b['bound'], unit)} {b['counts'].removeprefix('bytes of ')}"
+        rows.append((bound, human(b["dense"], unit), human(b["pruned"], unit), f"{b['pruned'] / b['bound']:.1%} of it"))
+    return rows
 
 
 def _task_rows(tasks: Mapping[str, Any]) -> list[Row]:
@@ -98,12 +108,15 @@ def arrival(results: Mapping[str, Any]) -> str:
     """How far the learned gates were from the budget before they were held to it, and what that cost."""
     before, after, opened, when = _last_step(results)
     allowed = results["rounding"]["allowed"]
+    budgets = ", ".join(b["budget"] for b in results["rounding"].get("budgets", ()))
+    units = "units' parameters" + outside(results.get("keep", ()))
+    may_stay = f"{allowed:.2%} of the {units} may stay" + (f" for {budgets}" if budgets else "")
     if results.get("method") in ONE_SHOT:
         kept = results["rounding"]["kept"]
-        return f"budget: {allowed:.2%} of the units' parameters may stay, {kept:.2%} do; held-out loss {after:.4f}"
+        return f"budget: {may_stay}, {kept:.2%} do; held-out loss {after:.4f}"
     return (
-        f"budget: {allowed:.2%} of the units' parameters may stay, {opened:.2%} were open as learned; holding the "
-        f"gates to it {when} changed the held-out loss from {before:.4f} to {after:.4f} nats a token"
+        f"budget: {may_stay}, {opened:.2%} were open as learned; holding the gates to it {when} changed the held-out "
+        f"loss from {before:.4f} to {after:.4f} nats a token"
     )
 
 
@@ -161,6 +174,11 @@ def _last_step(results: Mapping[str, Any]) -> tuple[float, float, float, str]:
     return rounding["held_out_learned"], rounding["held_out_planned"], rounding["open_gates"], "at the end"
 
 
+def outside(keep: Sequence[str]) -> str:
+    """What is not meant where shares are of the units that have gates."""
+    return f" outside {', '.join(keep)}" if keep else ""
+
+
 def _units(kinds: Collection[str]) -> str:
     names = {"heads": "attention heads", "kv_groups": "attention heads", "channels": "MLP channels",
              "expert_channels": "experts' channels", "shared_channels": "shared experts' channels"}  # fmt: skip
@@ -201,8 +219,8 @@ def model_card(
     )
     lines = [
         "---", yaml.safe_dump(header, sort_keys=False).strip(), "---", "",
-        f"# {name}, pruned by {config.sparsity:.0%}", "",
-        f"{rounding.kept:.2%} of the parameters in {_units(kinds)} were kept, "
+        f"# {name}, pruned {_asked(config)}", "",
+        f"{rounding.kept:.2%} of the parameters in {_units(kinds)}{outside(config.keep)} were kept, "
         f"{_found(config.method)}. {widths}", "", "```python", "from transformers import AutoModelForCausalLM",
         f'model = AutoModelForCausalLM.from_pretrained("PATH"{code})', "```", "", "## How it was made", "",
         f"- base model: `{name}`; {_weights(config, updates)}",
@@ -254,6 +272,12 @@ def _weights(config: Config, updates: Sequence[str]) -> str:
     return (
         f"its weights were frozen while units were chosen; afterwards {', then '.join(done[u] for u in updates)}{spent}"
     )
+
+
+def _asked(config: Config) -> str:
+    """What was asked for, for the card's title."""
+    sparsity = [] if config.sparsity is None else [f"by {config.sparsity:.0%}"]
+    return " and ".join([*sparsity, *([f"to {', '.join(config.budget)}"] if config.budget else [])])
 
 
 def _found(method: str) -> str:

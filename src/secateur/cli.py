@@ -202,15 +202,12 @@ def learn(options: Learn) -> None:
 
 def plan(options: Plan) -> None:
     """`secateur plan`."""
-    if options.compare:
-        from secateur.planning import show
+    from secateur.planning import said, show
 
+    if options.compare:
         return show(console, *_staged(_open(options.run), "compare_shapes", shape=options.shape))
     rounding, beside = _staged(_open(options.run), "plan_beside_ragged", shape=options.shape)
-    console.print(
-        f"{rounding.kept:.2%} of the unit parameters kept ({rounding.allowed:.2%} allowed, {rounding.open_gates:.2%} "
-        f"as learned); held-out loss {rounding.held_out_learned:.4f} → {rounding.held_out_planned:.4f}"
-    )
+    console.print(said(rounding))
     if beside is not None:
         console.print(beside, markup=False)
     return None
@@ -340,7 +337,8 @@ def _parse(name: str, arguments: Sequence[str]) -> Any:
     default = _defaults(arguments) if kind is Prune else None
     if default is None:
         return tyro.cli(kind, args=arguments, prog=f"secateur {name}")
-    options = tyro.cli(kind, args=arguments, prog=f"secateur {name}", default=replace(default))
+    options = tyro.cli(kind, args=arguments, prog=f"secateur {name}", default=replace(default, budget=()))
+    options.budget = options.budget or default.budget
     if any(getattr(options, f) != getattr(default, f) for f in LEARNING_FIELDS):
         options.learning = None
     scoped = ("shape", "recipe", "method")

@@ -15,6 +15,8 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from secateur.files import InputError, write_text
 from secateur.policy import policy_of
+from secateur.selection import AttentionUnit, Kind, check_selection, kept_words
+from secateur.wanted import what_is_asked
 
 
 @dataclass(frozen=True)
@@ -97,8 +99,6 @@ Tie = Literal["rows", "experts"]
 """What of a mixture goes together: `rows`, the channels of the same rank in all experts of a layer, so that these stay
 equally wide; `experts`, all channels of an expert."""
 
-Kind = Literal["heads", "channels", "expert_channels", "shared_channels"]
-
 Method = Literal[
     "deterministic", "hard-concrete", "hard-concrete-deterministic", "hard-concrete-expanded", "grasprune",
     "sensitivity", "magnitude", "wanda-sp", "flap", "taylor-element", "taylor-vector", "frequency", "reap", "camera",
@@ -147,8 +147,15 @@ class Config:
 
     model: tyro.conf.Positional[str]
     """Local folder, hub id, or GGUF file of a causal language model."""
-    sparsity: float
+    sparsity: float | None = None
     """Share of the parameters that belong to units (heads, channels; see `--units`) to remove, between 0 and 1."""
+    budget: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="KIND=VALUE")] = ()
+    """What may be left, at most: a share of what the unpruned model has (`params=0.7`), or a figure (`params=90M`,
+    `bytes=200MB`). Kinds: `units`, the parameters in units (units=0.7 is --sparsity 0.3); `params`, those that a token
+    meets: of a mixture's experts as many as it is routed to; `total-params`, all that are stored, tied ones once;
+    `flops` a token, without attention over the context; `kv`, bytes of KV cache a token; `bytes` of the weights, in the
+    checkpoint's dtype. Say it several times for several budgets (`--budget params=0.7 --budget kv=0.5`): all are met,
+    from below, and nothing that was removed would still fit."""
     method: Method = "deterministic"
     """How the units to keep are found. `deterministic` is the method of the paper; the others are baselines over the
     same units, budget and text. Gates are learned otherwise with `hard-concrete` (noise), `hard-concrete-deterministic`
@@ -156,9 +163,19 @@ class Config:
     and nothing is learned, with `sensitivity` (what learning starts from), `magnitude`, `wanda-sp`, `flap`,
     `taylor-element` and `taylor-vector`; of mixtures, experts with `frequency` and `reap`, their channels with
     `camera`."""
-    units: tuple[Kind, ...] = ()
-    """What to prune: `heads` (or groups of them that share keys), `channels` of MLPs, `expert_channels`,
-    `shared_channels` of shared experts. Default: the experts' channels of a mixture, all of any other model."""
+    units: Annotated[tuple[Kind, ...], tyro.conf.arg(aliases=("--only",))] = ()
+    """What to prune: `heads` (or what `--attention-unit` says), `channels` of MLPs, `expert_channels`,
+    `shared_channels` of shared experts; or `attention`, and `mlp` for all channels that there are. Default: the
+    experts' channels of a mixture, all of any other model."""
+    attention_unit: AttentionUnit | None = None
+    """What goes at once where query heads share keys and values (GQA): `kv-groups`, a KV head and its query heads,
+    which shrinks the KV cache too; `heads`, single query heads, of each KV head of a layer as many; `nested`, both: a
+    layer keeps some KV heads, and as many query heads of each. Where all heads share one KV head or a latent there are
+    `heads` only; where every head has its own all three are the same. Default: `kv-groups`, else `heads`. To leave
+    attention whole: `--only mlp`."""
+    keep: tuple[str, ...] = ()
+    """Layers, or sublayers, that stay whole, with commas or spaces between: `layers.0,layers.-1` (from the end),
+    `layers.3.mlp`, `layers.3.attention`. `--sparsity` is a share of all units still, and goes from the others."""
     data: str = "self"
     """Calibration text: a file or folder (.txt, .jsonl, .parquet; .gz, .zst), a dataset on the hub, or `self` for text
     that the model itself writes."""
@@ -183,10 +200,10 @@ class Config:
     binarise: bool = True
     """Press undecided gates to a side: the term λ₃ of the deterministic method, which the others do not have."""
     per: Scope | None = None
-    """One budget over the whole model, one for each kind of unit, or equal widths in all layers (`layer`), and in all
-    experts of a layer, too (`expert`). Default: `expert` when the shape is uniform, `layer` for `magnitude`,
-    `wanda-sp`, `taylor-*` and the methods for experts, whose papers do so, `kind` with the paper's recipe of gates held
-    by multipliers, else `model`."""
+    """One budget over the whole model, one for each kind of unit (of `--sparsity` only), or equal widths in all layers
+    (`layer`), and in all experts of a layer, too (`expert`, and `layer` with `--budget`). Default: `expert` when the
+    shape is uniform, `layer` for `magnitude`, `wanda-sp`, `taylor-*` and the methods for experts, whose papers do so,
+    `kind` with the paper's recipe of gates held by multipliers, else `model`."""
     shape: Shape = "ragged"
     """Widths of the export: `ragged` lets every layer have its own, `uniform` gives a stock configuration, no code.
     The experts of a layer are stored equally wide in both; `padded` lets each keep what it learned to keep, and fills
@@ -256,8 +273,11 @@ class Config:
 
     def __post_init__(self) -> None:
         """Raises InputError for settings that are out of range or contradict each other."""
-        if not 0 < self.sparsity < 1:
-            raise InputError(f"--sparsity must lie between 0 and 1, not {self.sparsity}: it is the share to remove")
+        self.sparsity, self.budget = what_is_asked(self.sparsity, self.budget)
+        if self.per == "kind" and self.sparsity is None:
+            raise InputError("--per kind asks for the same share of every kind, so it needs --sparsity; leave it out")
+        if self.method == "flap" and (said := [w for w in self.budget if w.startswith(("params", "total", "bytes"))]):
+            raise InputError(f"--method flap adds biases, which --budget {said[0]} does not count; use flops or kv")
         for name in ("steps", "batch_size", "epochs", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
@@ -280,6 +300,8 @@ class Config:
             raise InputError(f"--max-shard-size is a size such as 5GB or 500MB, not {self.max_shard_size!r}")
         policy = policy_of(self.shape)
         self.shape = str(policy)
+        self.keep = kept_words(self.keep)
+        check_selection(self, self.method in ONE_SHOT)
         if policy.uniform and self.per not in (None, "layer", "expert"):
             raise InputError(
                 f"--shape {policy} needs equal widths, so --per {self.per} contradicts it; use --per expert"
@@ -333,9 +355,9 @@ class Config:
         per: Scope = "model"
         if policy_of(self.shape).uniform:
             per = "expert"
-        elif self.method in EQUAL_WIDTHS:
+        elif self.method in EQUAL_WIDTHS and not (self.budget and self.method in WHOLE_EXPERTS):
             per = "layer"
-        elif recipe.name == "paper" and self.method not in (*ONE_SHOT, "grasprune"):
+        elif recipe.name == "paper" and self.method not in (*ONE_SHOT, "grasprune") and self.sparsity is not None:
             per = "kind"
         return replace(self, per=self.per or per, learning=recipe)
 

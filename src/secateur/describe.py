@@ -10,6 +10,7 @@ import copy
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import floor
 
 import torch
 from torch import nn
@@ -19,8 +20,9 @@ from secateur.experts import is_fused
 from secateur.families import model_class
 from secateur.files import InputError
 from secateur.policy import check_permitted, policy_of
+from secateur.selection import SPOKEN, AttentionUnit
 from secateur.sublayers import RefusedError, Sublayer, attention, cache_of, parts_of
-from secateur.units import Group, Shapes, Size, sliced_shapes, unit_params
+from secateur.units import Group, Shapes, Size, said_by_config, sliced_shapes, unit_params, whole
 
 
 @dataclass(frozen=True)
@@ -47,18 +49,33 @@ class Description:
     """Weights that a token is multiplied by → the share of them: 1, or the share of experts it is routed to. A tied
     embedding counts through the output head."""
     others: tuple[Group, ...] = ()
-    """Groups that this run leaves whole (`only`)."""
+    """Groups that this run leaves whole (`only`, `keeping`)."""
+    kept: frozenset[str] = frozenset()
+    """Names of those that `keeping` leaves whole: sparsity is a share of their parameters, too."""
+
+    @property
+    def layer_count(self) -> int:
+        """Decoder layers."""
+        inside = f"{self.layers}."
+        return 1 + max(int(n.removeprefix(inside).split(".")[0]) for n in self.shapes if n.startswith(inside))
 
     @property
     def unit_parameters(self) -> int:
         """Parameters that belong to units: what a sparsity of 1 would remove."""
         return sum(g.units * unit_params(g, self.shapes) for g in self.groups)
 
+    @property
+    def held_parameters(self) -> int:
+        """Parameters of units that stay because of `--keep`."""
+        return sum(g.units * unit_params(g, self.shapes) for g in self.others if g.name in self.kept)
+
     def check_shape(self, shape: str) -> None:
         """Raises InputError where a group can have none of the widths that a shape permits, or a uniform one would cut
         one of two widths that a stock configuration ties: that of shared experts without a key of their own follows
         from that of the routed ones."""
         policy = policy_of(shape)
+        if policy.uniform and self.kept:
+            raise InputError(f"--keep leaves layers wider than others, so --shape {policy} contradicts it")
         check_permitted(policy, self.groups, self.others)
         cut, whole = ({g.kind for g in groups if g.experts or not g.sizes} for groups in (self.groups, self.others))
         if policy.uniform and cut and "shared_channels" in cut | whole and whole:
@@ -76,15 +93,55 @@ class Description:
         """The same model with the units of some kinds alone (`--units`). None said: the channels of a mixture's
         experts, as in the paper (method §1), or all units of any other model. Raises InputError when none are left."""
         present = {"heads" if g.attends else g.kind for g in self.groups}
-        wanted = set(kinds) or {"expert_channels"} & present or present
-        if missing := sorted(wanted - present):
+        words = {word: present & set(SPOKEN.get(word, (word,))) for word in sorted(kinds)}
+        if missing := [word for word, found in words.items() if not found]:
             raise InputError(f"this model has no {missing[0]} that can be pruned; --units can be {sorted(present)}")
-        groups = tuple(g for g in self.groups if ("heads" if g.attends else g.kind) in wanted)
-        return replace(self, groups=groups, others=tuple(g for g in self.groups if g not in groups))
+        wanted = {kind for found in words.values() for kind in found} or {"expert_channels"} & present or present
+        return self._leaving([g for g in self.groups if ("heads" if g.attends else g.kind) not in wanted])
+
+    def check_attention(self, unit: str | None) -> None:
+        """Raises InputError where `--attention-unit` was said and attention is not pruned."""
+        if unit is None or any(g.attends for g in self.groups):
+            return
+        if any(g.attends for g in self.others):
+            raise InputError(f"--attention-unit {unit}: this run leaves attention whole; add heads to --units")
+        reasons = "; ".join(dict.fromkeys(r.reason for r in self.refusals)) or "it has none"
+        raise InputError(f"--attention-unit {unit}: this model's attention cannot be pruned so: {reasons}")
+
+    def keeping(self, words: Collection[str]) -> "Description":
+        """The same model with some layers or sublayers left whole (`--keep`): `layers.0`, `layers.-1.mlp`. Raises
+        InputError for layers that there are not, and when nothing is left to prune."""
+        count = self.layer_count
+        kept: set[str] = set()
+        for word in words:
+            _, number, *sublayer = word.split(".")
+            if not -count <= int(number) < count:
+                raise InputError(f"--keep {word}: the model has {count} layers, layers.0 to layers.{count - 1}")
+            attends = {"attention": (True,), "mlp": (False,)}.get("".join(sublayer), (True, False))
+            kept |= {g.name for g in self.groups if g.layer == int(number) % count and g.attends in attends}
+        if len(kept) == len(self.groups):
+            raise InputError(f"--keep {','.join(words)} leaves nothing to prune; keep fewer layers")
+        return replace(self._leaving([g for g in self.groups if g.name in kept]), kept=frozenset(kept))
+
+    def sparsity_of_rest(self, sparsity: float) -> float:
+        """The share of the units' parameters to remove that is `sparsity` of those of `--keep`, too. Raises InputError
+        where that is all of them, or more."""
+        held, free = self.held_parameters, self.unit_parameters
+        if sparsity * (free + held) >= free:
+            least = floor(1000 * free / (free + held)) / 1000
+            raise InputError(
+                f"--keep leaves {free / (free + held):.1%} of the units' parameters to prune, and --sparsity "
+                f"{sparsity:g} asks for more; keep less, or use --sparsity below {least:g}"
+            )
+        return sparsity * (free + held) / free
+
+    def _leaving(self, whole: Collection[Group]) -> "Description":
+        """The same model with more groups left whole."""
+        return replace(self, groups=tuple(g for g in self.groups if g not in whole), others=(*self.others, *whole))
 
 
-def describe(model: nn.Module) -> Description:
-    """Groups of units of a causal LM (on any device, meta included).
+def describe(model: nn.Module, attention_unit: AttentionUnit | None = None) -> Description:
+    """Groups of units of a causal LM (on any device, meta included); `attention_unit` as `--attention-unit` says it.
 
     Raises InputError when nothing in the model can be pruned, listing every reason.
     """
@@ -103,7 +160,7 @@ def describe(model: nn.Module) -> Description:
         for name, child in layer.named_children():
             if all(p.ndim < 2 for p in child.parameters()):
                 continue
-            sublayer = Sublayer(child, f"{layers_name}.{index}.{name}", index, layer_config)
+            sublayer = Sublayer(child, f"{layers_name}.{index}.{name}", index, layer_config, attention_unit)
             cached += cache_of(sublayer)
             for part, describe_part in parts_of(sublayer):
                 try:
@@ -111,9 +168,9 @@ def describe(model: nn.Module) -> Description:
                         raise RefusedError("its weights serve more than one sublayer")
                     if describe_part is attention and shared_cache:
                         raise RefusedError("layers share keys and values, so one layer's heads cannot go alone")
-                    group = describe_part(part)
-                    _check_class(layer, f"{layers_name}.{index}.", group, layer_config)
-                    groups.append(group)
+                    found = describe_part(part)
+                    _check_class(layer, f"{layers_name}.{index}.", found, layer_config)
+                    groups += found
                 except RefusedError as error:
                     refusals.append(Refusal(part.where, str(error)))
     if not groups:
@@ -210,30 +267,34 @@ def _matmul_weights(model: nn.Module, config: PreTrainedConfig) -> dict[str, flo
     return shares
 
 
-def _check_class(layer: nn.Module, prefix: str, group: Group, config: PreTrainedConfig) -> None:
-    """The layer's class, built with fewer units, must have the shapes that slicing gives."""
-    for key, per_unit in group.sizes:
-        if getattr(config, key) != per_unit * group.width:
-            raise RefusedError(f"{key} is {getattr(config, key)}, but the weights say {per_unit * group.width}")
-    if not group.sizes:
+def _check_class(layer: nn.Module, prefix: str, groups: Sequence[Group], config: PreTrainedConfig) -> None:
+    """The layer's class, built with fewer units of a sublayer, must have the shapes that slicing gives."""
+    for key, value in (pair for g in groups for pair in said_by_config(g, whole(g)).items()):
+        if getattr(config, key) != value:
+            raise RefusedError(f"{key} is {getattr(config, key)}, but the weights say {value}")
+    if not any(g.sizes for g in groups):
         return  # the class takes its width from elsewhere: modeling_pruned sets it
+    group = groups[-1]
     own = f"{group.gate_at if group.experts else group.gate_at.rpartition('.')[0]}."
     added = getattr(config, "secateur", {}).get("biases", {}).get(str(group.layer), [])
     biases = {f"{path}.bias" for path in added}  # of an earlier pruning; the layer's class does not know of them
     dense = {prefix + n: tuple(p.shape) for n, p in layer.named_parameters() if n not in biases}
-    for fewer in {1, max(1, group.width - 1)}:
-        attempt = f"{type(layer).__name__} built with {fewer} of {group.width} {group.kind}"
+    for less in (0, 1):  # one unit, one unit fewer
+        fewer = {g.name: max(1, g.width - 1) if less else 1 for g in groups}
+        sizes = {g.name: Size(fewer[g.name], fewer.get(g.keys, g.parts)) for g in groups}
+        some = " and ".join(f"{fewer[g.name]} of {g.width} {g.kind}" for g in groups)
+        attempt = f"{type(layer).__name__} built with {some}"
         narrow = copy.copy(config)
         if group.attends:
             narrow.head_dim = head_dim(config)
-        for key, per_unit in group.sizes:
-            setattr(narrow, key, per_unit * fewer)
+        for key, value in (pair for g in groups for pair in said_by_config(g, sizes[g.name]).items()):
+            setattr(narrow, key, value)
         try:
             with torch.device("meta"):
                 built = type(layer)(narrow, group.layer)
         except (TypeError, ValueError, AttributeError, RuntimeError, AssertionError, ZeroDivisionError) as error:
             raise RefusedError(f"{attempt} fails: {' '.join(str(error).split())}") from None
-        expected = sliced_shapes([group], {group.name: Size(fewer, group.experts)}, dense)
+        expected = sliced_shapes(groups, sizes, dense)
         actual = {prefix + n: tuple(p.shape) for n, p in built.named_parameters()}
         if group.experts:  # of a pruned checkpoint, some may be gone, which the layer's class does not know
             expected |= {s.param: (actual[s.param][0], *expected[s.param][1:]) for s in group.slices}

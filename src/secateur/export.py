@@ -38,7 +38,7 @@ from secateur.files import InputError, replacing, write_json, write_text
 from secateur.load import weight_of
 from secateur.plan import Plan
 from secateur.slicing import added_biases, pruned_shapes, sliced
-from secateur.units import whole
+from secateur.units import said_by_config, whole
 
 EXPORT_FORMAT = 1
 MODELING_FILE = "modeling_pruned.py"
@@ -79,8 +79,7 @@ def export(
                 # LlamaConfig reads the head count as soon as it is made, which fails where layers differ: without
                 # trust_remote_code not even the tokenizer would load.
                 ragged, classes = _as_mistral(ragged), (MistralForCausalLM, MistralModel)
-            ragged |= _auto_classes(classes[0]) | _admission(ragged, classes[0].config_class)
-            write_json(temporary / "config.json", ragged)
+            _write_ragged(ragged | _auto_classes(classes[0]), classes[0].config_class, temporary)
             write_text(temporary / MODELING_FILE, _modeling_text(*classes))
             _check_shapes(_pruned_skeleton(temporary), description, plan)
         _write_weights(model, description, plan, temporary, max_shard_size, dtype)
@@ -131,15 +130,15 @@ def _ragged(values: dict[str, Any], description: Description, plan: Plan) -> dic
     for group in description.groups:
         size, path = sizes[group.name], group.gate_at.removeprefix(f"{description.layers}.{group.layer}.")
         module, _, writer = path.rpartition(".")
-        if 0 < size.width < group.width or (size.width == 0 and group.sizes):
-            widths.setdefault(group.layer, {}).update({key: size.width * per_unit for key, per_unit in group.sizes})
+        if (said := said_by_config(group, size)) != said_by_config(group, whole(group)):
+            widths.setdefault(group.layer, {}).update(said)
         if group.sizes:
             put("narrowed", group.layer, path if group.experts else module)
-        if size.width == 0:
+        if size.width == 0 and group.writes:
             put("closed", group.layer, [group.kind, module, writer])
         elif not group.sizes:
             put("widths", group.layer, [module, writer, size.width])
-        if size.experts < group.experts:
+        if group.experts and size.parts < group.experts:
             earlier = dict(own.get("experts", {}).get(str(group.layer), []))
             names = earlier.get(path, list(range(group.experts)))
             put("experts", group.layer, [path, [names[e] for e in plan.pack(group).experts.tolist()]])
@@ -182,8 +181,8 @@ def _write_uniform(
     widths: dict[str, Counter[int]] = {}
     sizes = plan.sizes(description.groups)
     for group in description.groups:
-        for key, per_unit in group.sizes:
-            widths.setdefault(key, Counter())[sizes[group.name].width * per_unit] += 1
+        for key, value in said_by_config(group, sizes[group.name]).items():
+            widths.setdefault(key, Counter())[value] += 1
     for key, counts in widths.items():
         if len(counts) > 1 or 0 in counts:
             found = ", ".join(f"{width} in {layers} layers" for width, layers in sorted(counts.items()))
@@ -224,14 +223,14 @@ def _heads_vary(ragged: dict[str, Any]) -> bool:
     return any("num_attention_heads" in widths for widths in ragged["per_layer_config"].values())
 
 
-def _admission(ragged: dict[str, Any], config_class: type[PreTrainedConfig]) -> dict[str, Any]:
-    """What lets a stock configuration that looks at the one head count of a model be made where layers differ: without
-    it, what reads the configuration alone (tokenizers, servers with a plugin) would fail."""
+def _write_ragged(ragged: dict[str, Any], config_class: type[PreTrainedConfig], folder: Path) -> None:
+    """Writes a config.json of widths by layer. Where the stock configuration looks at the one head count of a model, a
+    key lets it: what reads the configuration alone (tokenizers, servers with a plugin) would fail otherwise."""
+    write_json(folder / "config.json", ragged)
     try:
-        config_class.from_dict(copy.deepcopy(ragged))
+        config_class.from_pretrained(folder)
     except AmbiguousGlobalPerLayerAttributeError:
-        return {"allow_global_per_layer_attribute_access": True}
-    return {}
+        write_json(folder / "config.json", ragged | {"allow_global_per_layer_attribute_access": True})
 
 
 def _as_mistral(values: dict[str, Any]) -> dict[str, Any]:
@@ -328,10 +327,11 @@ def _check_shapes(skeleton: nn.Module, description: Description, plan: Plan) -> 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters, tied ones once, then the buffers that checkpoints hold."""
     yield from ((name, weight_of(model, name)) for name, _ in model.named_parameters())
-    yield from _buffers(model)
+    yield from buffers(model)
 
 
-def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What checkpoints hold beside parameters: routers' biases."""
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     yield from ((name, tensor) for name, tensor in model.state_dict().items() if name not in parameters)
 
@@ -350,7 +350,7 @@ def _write_weights(
     model: PreTrainedModel, description: Description, plan: Plan, folder: Path, max_shard_size: int | str, dtype: Any
 ) -> None:
     """Safetensors files, each written when its last tensor has been cut."""
-    on_meta = ((name, parameter.to("meta")) for name, parameter in [*model.named_parameters(), *_buffers(model)])
+    on_meta = ((name, parameter.to("meta")) for name, parameter in [*model.named_parameters(), *buffers(model)])
     shards = split_torch_state_dict_into_shards(
         dict(as_shipped(model, sliced(on_meta, description, plan, dtype))),
         filename_pattern="model{suffix}.safetensors",

@@ -55,7 +55,8 @@ class Gates:
 
 def architecture_fingerprint(groups: Sequence[Group], shapes: Shapes) -> str:
     """Hash of all units and of the shapes they lie in: gates fit a model exactly when this is equal."""
-    units = [{key: value for key, value in asdict(g).items() if key != "experts" or value} for g in groups]
+    later = ("experts", "kv_heads", "keys")  # which the first gates files did not have
+    units = [{key: value for key, value in asdict(g).items() if key not in later or value} for g in groups]
     content = json.dumps([units, sorted((k, list(v)) for k, v in shapes.items())])
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 

@@ -56,14 +56,15 @@ def magnitude(model: PreTrainedModel, groups: Groups, _ids_NT: torch.Tensor, lim
         weights = ((model.get_parameter(s.param).detach(), s) for s in group.slices)
         squares = [vectors(w.float().square(), s, group).sum((1, 2)) for w, s in weights]
         parts.append(torch.stack(squares).sum(0))
-    return Scores(torch.cat(parts) / limits.share_N)
+    return Scores(limits.per_cost(torch.cat(parts)))
 
 
 def vectors(weight: torch.Tensor, s: Slice, group: Group) -> torch.Tensor:
     """A tensor of the shape of `s.param`, as the rows or columns that belong to each unit: shape (U, V, R)."""
     each, dim = (weight, s.dim) if group.experts else (weight[None], s.dim + 1)
-    block = each.shape[dim] // (s.copies * group.width)
-    rows = each.movedim(dim, 1).reshape(len(each), s.copies, group.width, block, -1)
+    units = group.units // len(each)
+    block = each.shape[dim] // (s.copies * units)
+    rows = each.movedim(dim, 1).reshape(len(each), s.copies, units, block, -1)
     return rows.transpose(1, 2).flatten(0, 1).flatten(1, 2)
 
 
@@ -120,7 +121,7 @@ def wanda_sp(model: PreTrainedModel, groups: Groups, ids_NT: torch.Tensor, limit
         size_I = (m.squares_I / m.count + m.mean_I.square()).sqrt()
         score_I = writer(model, group).weight.detach().float().abs().sum(0) * size_I
         parts.append(score_I.unflatten(0, (group.units, -1)).sum(1))
-    return Scores(torch.cat(parts) / limits.share_N)
+    return Scores(limits.per_cost(torch.cat(parts)))
 
 
 def flap(model: PreTrainedModel, groups: Groups, ids_NT: torch.Tensor, _limits: Budget, on_row: OnRow) -> Scores:
@@ -158,7 +159,7 @@ def taylor_element(
     leaves the first and last layers whole; here all layers are pruned, so that the budget is that of other methods.
     """
     parts = _taylor(model, groups, ids_NT, on_row, by_vector=False)
-    return Scores(torch.cat(parts) / limits.share_N)
+    return Scores(limits.per_cost(torch.cat(parts)))
 
 
 def taylor_vector(
@@ -168,7 +169,7 @@ def taylor_vector(
     arXiv 2305.11627, section 3.2, "vector", with the vectors of its released code). Memory: a number a vector, and one
     parameter's gradient at a time."""
     parts = _taylor(model, groups, ids_NT, on_row, by_vector=True)
-    return Scores(torch.cat(parts) / limits.share_N)
+    return Scores(limits.per_cost(torch.cat(parts)))
 
 
 def _taylor(
@@ -205,7 +206,7 @@ def sensitivity(
     """What the default recipe starts from, without the learning: Fisher information of the gates, heads counted more,
     channels evened out between layers (`sensitivity.py`), on as many rows as the recipe measures."""
     sensitivity_N = weighted(gate_sensitivity(model, groups, ids_NT, on_row), groups, recipe.attention_weight)
-    return Scores(balanced(sensitivity_N, groups, recipe.layer_balance) / limits.share_N)
+    return Scores(limits.per_cost(balanced(sensitivity_N, groups, recipe.layer_balance)))
 
 
 def of_experts(
@@ -221,7 +222,7 @@ def of_experts(
     with watching_experts(model, groups, outputs=method == "reap") as usage:
         read(model, ids_NT, on_row)
     score = EXPERT_SCORES[method]
-    return Scores(torch.cat([score(usage[g.name], model, g).flatten() for g in groups]) / limits.share_N)
+    return Scores(limits.per_cost(torch.cat([score(usage[g.name], model, g).flatten() for g in groups])))
 
 
 ONE_SHOT: dict[str, Callable[..., Scores]] = {

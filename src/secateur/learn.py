@@ -109,6 +109,7 @@ def learn(
     settings = f"{method} {recipe} steps={steps} batch_size={batch_size} seed={seed} seq_len={calibration_NT.shape[1]}"
     settings += f" units={[(g.name, g.units) for g in groups]} budget={limits.allowed_C.tolist()} tie={limits.tie}"
     settings += "" if limits.policy.free else f" shape={limits.policy}"
+    settings += "".join(f" {b.name}<={b.allowed}/{b.scale}" for b in limits.bounds)
     if checkpoint is not None and checkpoint.exists():
         fixing = _restore(checkpoint, optimiser, settings)
     elif recipe.sensitivity_batches:
@@ -185,7 +186,7 @@ def unseen(grad_N: torch.Tensor, groups: tuple[Group, ...]) -> torch.Tensor | No
         return None
     parts = []
     for part, g in zip(grad_N.split([g.units for g in groups]), groups, strict=True):
-        silent_E = (part.unflatten(0, (g.experts or 1, g.width)) == 0).all(1)
+        silent_E = (g.by_part(part) == 0).all(1)
         parts.append((silent_E & bool(g.experts)).repeat_interleave(g.width))
     return torch.cat(parts)
 

@@ -3,7 +3,6 @@
 Only safetensors and GGUF weights are read, never pickles; code from a checkpoint runs only on request.
 """
 
-import json
 import textwrap
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -25,7 +24,8 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from secateur.describe import Description, check_causal, check_unquantised, describe
 from secateur.families import build, config_class, model_class
-from secateur.files import InputError
+from secateur.files import InputError, read_json
+from secateur.selection import AttentionUnit
 
 
 @dataclass(frozen=True)
@@ -46,15 +46,20 @@ def load(
     trust_remote_code: bool,
     offload: Path | None = None,
     units: Collection[str] | None = None,
+    attention_unit: AttentionUnit | None = None,
+    keep: Collection[str] = (),
 ) -> Loaded:
     """Loads a causal LM and its tokenizer, in eval mode and without gradients. Raises InputError with one line.
 
     With a folder to `offload` to, weights stay on disk, where accelerate reads each one when it is needed
-    (`weight_of`). `units` are the kinds to prune (Description.only); None: all that there are.
+    (`weight_of`). `units` are the kinds to prune (Description.only), None: all that there are; `attention_unit` says
+    what those of attention are, `keep` which layers stay whole (Description.keeping).
     """
     where = _source(name)
-    description, config = describe_pretrained(name, trust_remote_code)  # refuses before any weight is read
+    description, config = describe_pretrained(name, trust_remote_code, attention_unit)  # before any weight is read
     description = description if units is None else description.only(units)
+    description.check_attention(attention_unit)
+    description = description.keeping(keep) if keep else description
     target = pick_device(device)
     own_dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     wanted = own_dtype if target.type != "cpu" or offload else torch.float32
@@ -91,7 +96,7 @@ def read_export(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 
     Where another library in this process has registered a configuration for its `model_type`, too.
     """
-    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    values = read_json(folder / "config.json", "secateur export RUN")
     own = values.get("auto_map", {}).get("AutoModelForCausalLM")
     cls = get_class_from_dynamic_module(own, str(folder)) if own else AutoModelForCausalLM
     model: PreTrainedModel = cls.from_pretrained(folder, dtype=dtype, use_safetensors=True)
@@ -109,7 +114,9 @@ def weight_of(model: torch.nn.Module, name: str) -> torch.Tensor:
     return value
 
 
-def describe_pretrained(name: str, trust_remote_code: bool = False) -> tuple[Description, PreTrainedConfig]:
+def describe_pretrained(
+    name: str, trust_remote_code: bool = False, attention_unit: AttentionUnit | None = None
+) -> tuple[Description, PreTrainedConfig]:
     """What can be pruned in a model, from its configuration alone: it is built on the meta device, without weights."""
     config = load_config_of(name, trust_remote_code)
     with torch.device("meta"):
@@ -117,7 +124,7 @@ def describe_pretrained(name: str, trust_remote_code: bool = False) -> tuple[Des
             lambda: build(config, trust_remote_code),
             f"cannot build {name} from its configuration",
         )
-    return describe(skeleton), config
+    return describe(skeleton, attention_unit), config
 
 
 def load_config_of(name: str, trust_remote_code: bool) -> PreTrainedConfig:

@@ -11,6 +11,8 @@ import torch
 
 from secateur.budget import Budget, largest_that_fits, make_budget, ranked
 from secateur.config import Scope, tie_of
+from secateur.costs import Bound, bounds_of
+from secateur.export import buffers
 from secateur.files import InputError
 from secateur.gates import Gates, save_gates
 from secateur.importance import ONE_SHOT
@@ -18,21 +20,44 @@ from secateur.learn import LearningDiverged, learn
 from secateur.policy import policy_of
 from secateur.run import recorded
 from secateur.session import Session
+from secateur.wanted import read_budgets
 
 
 def budget_of(session: Session, shape: str | None = None, scope: Scope | None = None) -> Budget:
     """What the gates of a run are held to, for its own shape and scope or others. Raises InputError where shape and
-    sparsity are not possible."""
+    sparsity or budgets are not possible."""
     c, description = session.config, session.loaded.description
     shape, scope = shape or c.shape, scope or c.per
     assert scope is not None
     description.check_shape(shape)
     tie, policy = tie_of(c.method, shape), policy_of(shape)
-    return make_budget(description.groups, description.shapes, c.sparsity, scope, tie, policy)
+    sparsity = 0.0 if c.sparsity is None else description.sparsity_of_rest(c.sparsity)
+    bounds = asked_of(session, scope == "kind")
+    try:
+        return make_budget(description.groups, description.shapes, sparsity, scope, tie, policy, bounds)
+    except InputError as error:
+        of = f" (--sparsity {c.sparsity} of all units is {sparsity:g} of what --keep leaves, which this speaks of)"
+        raise InputError(f"{error}{of if description.kept and not bounds else ''}") from None
 
 
-def find_gates(session: Session) -> Gates:
-    """Gates of the run's method. Those that are learned go on from a checkpoint where one is; the others start over."""
+def asked_of(session: Session, by_kind: bool = False) -> tuple[Bound, ...]:
+    """The budgets of a run, exactly; none where there is a sparsity alone. `by_kind`: that of units, by kind, is of
+    those that `--keep` leaves."""
+    c, loaded = session.config, session.loaded
+    if not c.budget:
+        return ()
+    buffer_bytes = sum(tensor.numel() * tensor.element_size() for _, tensor in buffers(loaded.model))
+    words = list(c.budget)
+    if c.sparsity is not None:
+        sparsity = loaded.description.sparsity_of_rest(c.sparsity) if by_kind else c.sparsity
+        words.insert(0, f"units={1.0 - sparsity:.12f}".rstrip("0"))
+    size = loaded.checkpoint_dtype.itemsize
+    return bounds_of(loaded.description, read_budgets(words), size, buffer_bytes, by_kind)
+
+
+def find_gates(session: Session, limits: Budget) -> Gates:
+    """Gates of the run's method within `limits`, its budget. Those that are learned go on from a checkpoint where one
+    is; the others start over."""
     c = session.config
     assert c.learning is not None
     blocks = session.blocks
@@ -41,13 +66,13 @@ def find_gates(session: Session) -> Gates:
         "method": c.method,
         "model": c.model,
         "sparsity": c.sparsity,
+        **({"budget": list(c.budget)} if c.budget else {}),
         "per": c.per,
         "data": blocks.about,
         "tokens": (c.scored_rows if c.method in ONE_SHOT else c.steps * c.batch_size) * c.seq_len,
         "recipe": asdict(c.learning),
         "fixing": None,
     }
-    limits = budget_of(session)
     with session.autocast():
         return (_score if c.method in ONE_SHOT else _learn)(session, limits, about)
 

@@ -49,8 +49,17 @@ def lagrangian(
     lambda1_C: torch.Tensor,
     lambda2_C: torch.Tensor,
     lambda3_C: torch.Tensor,
+    *,
+    at_most: bool = False,
 ) -> torch.Tensor:
-    """λ₁(s̄ − ρ) + λ₂(s̄ − ρ)² + λ₃ mean(s(1 − s)), summed over constraints. Method §3, objective."""
+    """λ₁(s̄ − ρ) + λ₂(s̄ − ρ)² + λ₃ mean(s(1 − s)), summed over constraints. Method §3, objective.
+
+    `at_most`: s̄ ≤ ρ is asked for, not equality. Where there is so much room that the terms would pull s̄ up, its
+    violation counts as the one at which they do not: the augmented Lagrangian of inequalities (Rockafellar 1973).
+    """
+    if at_most:
+        pulls_C = -(lambda1_C / (2.0 * lambda2_C.clamp(min=1e-12))).detach()
+        violation_C = torch.maximum(violation_C, pulls_C)
     return (lambda1_C * violation_C + lambda2_C * violation_C.square() + lambda3_C * undecided_C).sum()
 
 

@@ -4,7 +4,7 @@ Descends z and ascends λ (method.md section 3). Gates move in units of their ow
 Adam on θ, where Adam's step does not depend on the gradient's scale. With the default recipe the multipliers are
 measured in units of the loss gradient, so that λ = 1 pushes as hard as a typical unit resists, for any model and loss.
 
-Shape suffixes: N units of the whole model, C constraints.
+Shape suffixes: N units of the whole model, C constraints, M units in constraints (budget.py).
 """
 
 import hashlib
@@ -41,13 +41,15 @@ class Step:
     """Share of the unit parameters whose gates are open (z > 0; by the mask where there is one)."""
     score: float
     """The same by the retention score s̄, which the budget is held on."""
-    target: float
-    """Share to keep, ρ."""
+    target: float | None
+    """Share to keep, ρ; None where budgets weigh units by other costs."""
     mu: float
     lr: float
     lambda1: list[float]
     lambda2: list[float]
     lambda3: list[float]
+    budgets: dict[str, float] | None = None
+    """Of each of those, s̄ / ρ: at most 1 where it is held."""
     held_out_trained: float | None = None
     """Loss on held-out text after the step, gates as in training, nats a token; where it was asked for."""
     held_out_deployed: float | None = None
@@ -68,7 +70,7 @@ class Optimiser:
     ) -> None:
         self.recipe, self.limits, self.steps, self.seed, self.relaxation = recipe, limits, steps, seed, relaxation
         self.done = 0
-        noise = torch.randn(limits.weight_N.numel(), generator=torch.Generator().manual_seed(seed))
+        noise = torch.randn(limits.params_N.numel(), generator=torch.Generator().manual_seed(seed))
         self.z_N = 1.0 + recipe.init_noise * noise.to(device)
         self.step_size_N = torch.ones_like(self.z_N)
         self.theta_N = (self.z_N - 1.0).requires_grad_()
@@ -80,7 +82,6 @@ class Optimiser:
         """The kept set once it is fixed."""
         self.rank_N: torch.Tensor | None = None
         """What the units ranked by, where z has become something else since."""
-        self.target = float((limits.target_C * limits.share_C).sum())
         self.adam = torch.optim.AdamW([self.theta_N], betas=recipe.betas, eps=1e-12, weight_decay=0.0)
         ascent = [{"params": [dual], "lr": rate} for dual, rate in zip(self.duals, recipe.dual_lr, strict=True)]
         self.ascent = (
@@ -132,7 +133,7 @@ class Optimiser:
         density_N = sensitivity_N.to(self.z_N.device) / self.limits.share_N
         relative_N = (density_N / density_N.median()).clamp(min=1e-12)
         self.step_size_N = relative_N.pow(-0.5).clamp(*STEP_SIZE_RANGE)
-        inside_N = largest_that_fits(cost_N.to(self.z_N.device) / self.limits.share_N, self.limits)
+        inside_N = largest_that_fits(self.limits.per_cost(cost_N.to(self.z_N.device)), self.limits)
         self.z_N = torch.where(inside_N, self.z_N, self.recipe.start_outside)
         with torch.no_grad():
             self.theta_N.copy_((self.z_N - 1.0) / self.step_size_N)
@@ -148,8 +149,13 @@ class Optimiser:
         """
         mu, rate = self.mu, self._rate()
         kept = score = self.limits.share_of(self.open_N)
+        score_N = self.open_N.float() if self.relaxation.score is None else self.relaxation.score(self.z_N, mu)
         if self.relaxation.score is not None:
-            score = self.limits.share_of(self.relaxation.score(self.z_N, mu))
+            score = self.limits.share_of(score_N)
+        budgets = None
+        if self.limits.bounds:
+            held_C = self.limits.kept_share(score_N) / self.limits.target_C
+            budgets = dict(zip(self.limits.names, held_C.tolist(), strict=True))
         lambdas = [dual.detach().tolist() for dual in self.duals]
         if self.kept_N is not None:
             grad_N = grad_N * self.kept_N
@@ -164,7 +170,10 @@ class Optimiser:
         self._bound()
         self.done += 1
         first, second, third = lambdas
-        return Step(self.done, loss, ce, kl, kept, score, self.target, mu, self.recipe.lr * rate, first, second, third)
+        return Step(
+            self.done, loss, ce, kl, kept, score, self.limits.target, mu, self.recipe.lr * rate, first, second, third,
+            budgets,
+        )  # fmt: skip
 
     def _moving(self) -> list[torch.Tensor]:
         """What a step of Adam changes in every unit: θ and, once there are any, its moments."""
@@ -179,24 +188,30 @@ class Optimiser:
     def _budget_gradient(self, grad_N: torch.Tensor, mu: float, rate: float) -> torch.Tensor:
         """Gradient of the Lagrangian terms by z, after which the multipliers ascend theirs."""
         assert self.relaxation.score is not None
-        z_N = self.z_N.clone().requires_grad_()
-        score_N = self.relaxation.score(z_N, mu)
-        violation_C = self.limits.kept_share(score_N) - self.limits.target_C
-        undecided_C = self.limits.kept_share(score_N * (1.0 - score_N))
-        terms = lagrangian(violation_C, undecided_C, *self.duals)
-        (budget_N, *dual_grads) = torch.autograd.grad(terms, [z_N, *self.duals])
+        limits = self.limits
+        z_M = limits.entries(self.z_N).clone().requires_grad_()
+        score_M = self.relaxation.score(z_M, mu)
+        excess_C = limits.excess(self.relaxation.score(self.z_N, mu))
+        violation_C = limits.mean(score_M) + excess_C - limits.target_C
+        undecided_C = limits.mean(score_M * (1.0 - score_M))
+        several = len(limits.bounds) > 1  # of which not all need bind
+        terms = lagrangian(violation_C, undecided_C, *self.duals, at_most=several)
+        (budget_M, *dual_grads) = torch.autograd.grad(terms, [z_M, *self.duals])
         for dual, dual_grad, group, base in zip(
             self.duals, dual_grads, self.ascent.param_groups, self.recipe.dual_lr, strict=True
         ):
             dual.grad = dual_grad
             group["lr"] = base * rate if self.recipe.adam_duals else base
         self.ascent.step()
-        return budget_N if self.recipe.adam_duals else budget_N * self._unit(grad_N)[self.limits.constraint_N]
+        if not self.recipe.adam_duals:
+            budget_M = budget_M * self._unit(grad_N)[limits.constraint_M]
+        return limits.gathered(budget_M)
 
     def _unit(self, grad_N: torch.Tensor) -> torch.Tensor:
         """Running mean of the median |∂L/∂m| a share of budget, shape (C,)."""
-        pressure_N = (grad_N / self.limits.weight_N * self.step_size_N).abs()
-        heard = [pressure_N[(self.limits.constraint_N == c) & (pressure_N > 0)] for c in range(len(self.unit_C))]
+        entries, constraint_M = self.limits.entries, self.limits.constraint_M
+        pressure_M = (entries(grad_N) / self.limits.weight_M * entries(self.step_size_N)).abs()
+        heard = [pressure_M[(constraint_M == c) & (pressure_M > 0)] for c in range(len(self.unit_C))]
         now_C = torch.stack([p.median() if len(p) else p.new_zeros(()) for p in heard])
         settled_C = torch.where(self.unit_C > 0, 0.9 * self.unit_C + 0.1 * now_C, now_C)
         self.unit_C = torch.where(now_C > 0, settled_C, self.unit_C)  # a constraint that was not heard keeps its own

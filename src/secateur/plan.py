@@ -48,6 +48,9 @@ class Plan:
 
     def stored_scales(self, group: Group) -> torch.Tensor:
         """Gate values as the units are stored: shape (kept,), or (experts, width), 0 where a channel only fills up."""
+        if group.keys:  # the gate of a KV head multiplies what its query heads give, too
+            keys_K = torch.zeros(group.kv_heads).index_copy(0, self.kept[group.keys], self.scales[group.keys])
+            return self.scales[group.name] * keys_K[self.kept[group.name] // group.width]
         if not group.experts:
             return self.scales[group.name]
         pack, gate_N = self.pack(group), self.gates([group])[group.name]
@@ -57,9 +60,24 @@ class Plan:
         """Group name → how much of it is stored."""
         sizes = {}
         for g in groups:
-            stored = self.pack(g).channels_EW.shape if g.experts else None
-            sizes[g.name] = Size(stored[1], stored[0]) if stored else Size(len(self.kept[g.name]))
+            kept = self.kept[g.name]
+            if g.experts:
+                sizes[g.name] = Size(*reversed(self.pack(g).channels_EW.shape))
+            elif g.kv_heads:
+                parts = len((kept // g.width).unique()) if g.keys else g.kv_heads
+                sizes[g.name] = Size(len(kept) // max(1, parts), parts)
+            else:
+                sizes[g.name] = Size(len(kept))
         return sizes
+
+    def check_heads(self, groups: Sequence[Group]) -> None:
+        """Raises InputError where KV heads have different numbers of query heads, or some that are not there."""
+        for g in (g for g in groups if g.kv_heads):
+            counts_K = torch.bincount(self.kept[g.name] // g.width, minlength=g.kv_heads)
+            there = self.kept[g.keys].tolist() if g.keys else list(range(g.kv_heads))
+            uneven = len(counts_K[there].unique()) > 1
+            if uneven or (g.keys and counts_K.nonzero().flatten().tolist() != there):
+                raise InputError(f"{g.name} keeps {counts_K.tolist()} query heads of its KV heads, not as many of each")
 
     def gates(self, groups: Iterable[Group]) -> dict[str, torch.Tensor]:
         """Group name → gate of every unit, shape (units,): the scale where kept, 0 where removed."""
@@ -71,7 +89,7 @@ class Rounding:
     """What it took to meet the budget exactly. Shares are of all parameters that belong to units."""
 
     allowed: float
-    """Share that the budget lets stay."""
+    """Share that the budget lets stay; where budgets count otherwise, the share kept."""
     open_gates: float
     """Share whose gates were open as learned."""
     kept: float
@@ -86,6 +104,8 @@ class Rounding:
     """Loss on held-out text with the gates as learned, nats a token."""
     held_out_planned: float
     """The same with the plan."""
+    budgets: tuple[dict[str, Any], ...] = ()
+    """Of each `--budget` its words, what it bounds, the bound, and what the unpruned and the planned model have."""
 
     @property
     def cost(self) -> float:
@@ -113,9 +133,10 @@ def make_plan(
     masks, values = by_group(kept_N, gates.groups), by_group(scale_N, gates.groups)
     kept = {name: mask.nonzero().flatten() for name, mask in masks.items()}
     plan = Plan(kept, {name: values[name][index] for name, index in kept.items()}, shape, gates.means)
-    allowed = limits.allowed_C.sum() / limits.params_N.sum()
+    kept_share = limits.share_of(kept_N)
+    allowed = kept_share if limits.bounds else float(limits.allowed_C.sum() / limits.params_N.sum())
     rounding = Rounding(
-        float(allowed), limits.share_of(open_N), limits.share_of(kept_N), int((open_N & ~kept_N).sum()),
+        allowed, limits.share_of(open_N), kept_share, int((open_N & ~kept_N).sum()),
         int(reopened_N.sum()), scale, learned, planned,
     )  # fmt: skip
     return plan, rounding
@@ -145,7 +166,7 @@ def load_plan(path: Path, groups: Sequence[Group], architecture: str) -> tuple[P
     try:
         kept = {g.name: torch.tensor(values["kept"][g.name], dtype=torch.int64) for g in groups}
         scales = {g.name: torch.tensor(values["scales"][g.name], dtype=torch.float32) for g in groups}
-        rounding = Rounding(**values["rounding"])
+        rounding = Rounding(**values["rounding"] | {"budgets": tuple(values["rounding"].get("budgets", ()))})
         shape = str(policy_of(str(values["shape"])))
     except (KeyError, TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise InputError(f"{path} is not a valid plan ({error!r}); run `secateur plan RUN` again") from None
@@ -158,6 +179,10 @@ def load_plan(path: Path, groups: Sequence[Group], architecture: str) -> tuple[P
         if not in_range or index.shape != scales[g.name].shape:
             raise InputError(f"{path}: {g.name} does not list units of 0 to {g.units - 1} in order; plan again")
     plan = Plan(kept, scales, shape)
+    try:
+        plan.check_heads(groups)
+    except InputError as error:
+        raise InputError(f"{path}: {error}; plan again") from None
     for g, size in zip(groups, plan.sizes(groups).values(), strict=True):
         if size.width and size.width not in permitted(g, plan.policy):
             raise InputError(f"{path}: {g.name} is {size.width} units wide, which {shape} does not permit; plan again")

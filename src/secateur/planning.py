@@ -4,9 +4,10 @@ Serves `secateur plan RUN` and its `--compare`.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import exp, prod
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -17,7 +18,7 @@ from secateur.card import human
 from secateur.describe import Description
 from secateur.files import InputError
 from secateur.gates import load_gates
-from secateur.methods import budget_of
+from secateur.methods import asked_of, budget_of
 from secateur.plan import Plan, Rounding, make_plan
 from secateur.policy import policy_of
 from secateur.session import Session
@@ -40,7 +41,32 @@ def plan_for(session: Session, shape: str, held_out_loss: HeldOutLoss | None = N
         raise InputError(
             f"--method {c.method} adds biases, which --shape {policy} has no place for; use --shape ragged"
         )
-    return make_plan(gates, limits, str(policy), lambda gate: measure(gate, gates.means))
+    plan, rounding = make_plan(gates, limits, str(policy), lambda gate: measure(gate, gates.means))
+    return plan, replace(rounding, budgets=tuple(held(session, plan)))
+
+
+def held(session: Session, plan: Plan) -> Iterator[dict[str, Any]]:
+    """Of each budget what it allows, and what the unpruned model and that of a plan have."""
+    groups = session.loaded.description.groups
+    sizes = plan.sizes(groups)
+    for b in asked_of(session):
+        found = b.cost([sizes[g.name].units for g in groups])
+        assert found <= b.allowed, f"the plan has {found} of {b.name}, which {b.allowed} bounds"
+        dense, planned = (round(cost / b.scale) for cost in (b.dense, found))
+        yield {"budget": str(b.wanted), "counts": b.wanted.counts, "bound": b.most, "dense": dense, "pruned": planned}
+
+
+def said(rounding: Rounding) -> str:
+    """What rounding did, in a line, and a line for each budget."""
+    first = (
+        f"{rounding.kept:.2%} of the unit parameters kept ({rounding.allowed:.2%} allowed, {rounding.open_gates:.2%} "
+        f"as learned); held-out loss {rounding.held_out_learned:.4f} → {rounding.held_out_planned:.4f}"
+    )
+    lines = (
+        f"budget {b['budget']}: {b['pruned']:,} of at most {b['bound']:,} {b['counts']} ({b['dense']:,} unpruned)"
+        for b in rounding.budgets
+    )
+    return "\n".join([first, *lines])
 
 
 def remembered(session: Session) -> HeldOutLoss:
@@ -83,7 +109,7 @@ def cost_of(session: Session, plan: Plan, rounding: Rounding) -> ShapeCost:
     loaded = session.loaded
     groups, size = loaded.description.groups, loaded.checkpoint_dtype.itemsize
     found, stored = figures_of(loaded.description, plan, size), plan.sizes(groups)
-    closed = sum(g.experts - stored[g.name].experts for g in groups)
+    closed = sum(g.experts - stored[g.name].parts for g in groups if g.experts)
     return ShapeCost(plan.shape, rounding.held_out_planned, found, found.parameters * size, closed, rounding.kept)
 
 
@@ -107,13 +133,15 @@ def compare_shapes(session: Session, shape: str | None = None) -> tuple[list[Sha
     return costs, refused
 
 
-def against_ragged(session: Session, plan: Plan, rounding: Rounding) -> str | None:
+def against_ragged(
+    session: Session, plan: Plan, rounding: Rounding, held_out_loss: HeldOutLoss | None = None
+) -> str | None:
     """What a shape costs and saves beside ragged widths from the same gates and budget, in a line; None where it is
     ragged, or that has no plan."""
     if plan.shape == "ragged":
         return None
     try:
-        ragged = cost_of(session, *plan_for(session, "ragged"))
+        ragged = cost_of(session, *plan_for(session, "ragged", held_out_loss))
     except InputError:
         return None
     own = cost_of(session, plan, rounding)

@@ -8,6 +8,7 @@ budget then moves units between layers within these lists (budget.py) and is spe
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from math import lcm
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -101,19 +102,30 @@ def permitted(group: "Group", policy: Policy) -> tuple[int, ...]:
 
     Channels: multiples of K × N, so that each rank has multiples of N, of experts also of K × their alignment; without
     N, the dense width, too, if it divides by K. Heads: what divides by K, and their keys too, unless K divides by the
-    number of KV heads, which engines such as vLLM then replicate.
+    number of KV heads, which engines such as vLLM then replicate. Nested ones: what some number of the others permits
+    (`permitted_pairs`).
     """
     ranks, width = policy.ranks, group.width
+    if group.keys:
+        return tuple(sorted({heads for _, heads in permitted_pairs(group, policy)}))
     if group.attends:
-        a_unit = dict(group.sizes).get("num_attention_heads", 1)
-        keys = group.kind == "kv_groups"
-        return tuple(
-            w for w in range(1, width + 1)
-            if w * a_unit % ranks == 0 and (not keys or w % ranks == 0 or ranks % w == 0)
-        )  # fmt: skip
+        a_unit = dict(group.sizes).get("num_attention_heads", 0) * (group.kv_heads or 1)
+        keys = (lambda w: w) if group.kind == "kv_groups" else (lambda _: group.kv_heads or ranks)
+        return tuple(w for w in range(1, width + 1) if w * a_unit % ranks == 0 and _keys_divide(keys(w), ranks))
     step = _step(group, policy)
     whole = (width,) if policy.align == 1 and width % step and width % ranks == 0 else ()
     return (*range(step, width + 1, step), *whole)
+
+
+def _keys_divide(kv_heads: int, ranks: int) -> bool:
+    """Whether so many KV heads can be divided or replicated over ranks."""
+    return kv_heads % ranks == 0 or ranks % kv_heads == 0
+
+
+def permitted_pairs(group: "Group", policy: Policy) -> frozenset[tuple[int, int]]:
+    """How many KV heads, with how many query heads of each, a policy lets nested attention have."""
+    pairs = product(range(1, group.kv_heads + 1), range(1, group.width + 1))
+    return frozenset((k, q) for k, q in pairs if k * q % policy.ranks == 0 and _keys_divide(k, policy.ranks))
 
 
 def check_permitted(policy: Policy, groups: Iterable["Group"], others: Iterable["Group"] = ()) -> None:
@@ -131,8 +143,10 @@ def check_permitted(policy: Policy, groups: Iterable["Group"], others: Iterable[
     instead = nearest(policy, lambda shape: all(fits(g, shape) for g in present), present)
     if wrong.name in whole:
         kind = "heads" if wrong.attends else wrong.kind
-        reason = f"{wrong.name} stays whole, and {_said(wrong)} do not divide over {policy.ranks} ranks; add {kind} to "
-        raise InputError(f"--shape {policy}: {reason}--units, or {instead}")
+        pruned = any(("heads" if g.attends else g.kind) == kind for g in groups)
+        remedy = f"take layers.{wrong.layer} out of --keep" if pruned else f"add {kind} to --units"
+        reason = f"{wrong.name} stays whole, and {_said(wrong)} do not divide over {policy.ranks} ranks"
+        raise InputError(f"--shape {policy}: {reason}; {remedy}, or {instead}")
     if fits(wrong, replace(policy, align=1)):
         over = f" on each of {policy.ranks} ranks" if policy.ranks > 1 else ""
         reason = f"{wrong.name} has {wrong.width} channels, fewer than {_step(wrong, policy) // policy.ranks}{over}"
@@ -145,7 +159,7 @@ def nearest(policy: Policy, works: Callable[[Policy], bool], groups: Iterable["G
     """What to say instead of a policy that does not work for `groups`: the shape with the nearest N that works (first
     of multiples of `ALIGNED`), else with the nearest K, the smaller one of two; without either where no other does.
     None: that does not work, too."""
-    most = max(g.width * dict(g.sizes).get("num_attention_heads", 1) for g in groups)
+    most = max(g.width * dict(g.sizes).get("num_attention_heads", 1) * (g.kv_heads or 1) for g in groups)
 
     def others() -> Iterator[Policy]:
         for n in _around(policy.align, most, ALIGNED):
@@ -167,7 +181,9 @@ def _around(number: int, most: int, step: int = 1) -> list[int]:
 def _said(group: "Group") -> str:
     """The dense width in words."""
     if group.attends:
-        heads = group.width * dict(group.sizes).get("num_attention_heads", 1)
-        shared = f" in {group.width} groups" if group.kind == "kv_groups" else ""
-        return f"the {heads} heads{shared}"
+        if not group.writes:
+            return f"the {group.width} KV heads"
+        groups = group.kv_heads or (group.width if group.kind == "kv_groups" else 0)
+        heads = group.units * dict(group.sizes).get("num_attention_heads", 1)
+        return f"the {heads} heads" + (f" in {groups} groups" if groups else "")
     return f"the {group.width} channels"

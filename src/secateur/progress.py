@@ -56,7 +56,11 @@ class Screen(Listener):
 
     def step(self, step: Step) -> None:
         """A learning step is done."""
-        removed = f"removed {1 - step.kept:.1%} (score {1 - step.score:.1%}, target {1 - step.target:.1%})"
+        if step.target is None:
+            held = ", ".join(f"{name} {share:.1%}" for name, share in (step.budgets or {}).items())
+            removed = f"removed {1 - step.kept:.1%} (of what the budgets allow: {held})"
+        else:
+            removed = f"removed {1 - step.kept:.1%} (score {1 - step.score:.1%}, target {1 - step.target:.1%})"
         self._train("learn", step, self.config.steps, removed)
 
     def recovered(self, step: RecoveryStep) -> None:

@@ -124,12 +124,14 @@ class Equations:
 def kept_groups(groups: Sequence[Group], plan: Plan) -> list[Group]:
     """The groups as the exported model has them, fit to be gated (attach) and folded; empty ones are left out."""
     sizes = plan.sizes(groups)
-    kept = [g for g in groups if sizes[g.name].units]
+    kept = [g for g in groups if sizes[g.name].units and g.writes]
     return [
         replace(
             g,
             units=sizes[g.name].units,
-            experts=sizes[g.name].experts,
+            experts=sizes[g.name].parts if g.experts else 0,
+            kv_heads=0,  # all that are left stay
+            keys="",
             slices=(g.writer_slice,),
         )
         for g in kept
@@ -147,7 +149,7 @@ def normal_equations(
     equations: list[Equations] = []
     calls: dict[str, Inside] = {}
     with ExitStack() as stack:
-        for g in (g for g in groups if len(plan.kept[g.name])):
+        for g in (g for g in groups if len(plan.kept[g.name]) and g.writes):
             if g.experts:
                 found = _of_experts(teacher, g, plan)
                 calls[g.gate_at] = _seeing(teacher.get_submodule(g.gate_at), found)

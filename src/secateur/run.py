@@ -139,6 +139,7 @@ def recorded(path: Path, goes_on: bool, hear: Callable[[Any], None]) -> Iterator
 
 
 def _free_folder(config: Config) -> Path:
-    name = f"{Path(config.model).stem or 'model'}-s{config.sparsity:g}"
+    asked = [] if config.sparsity is None else [f"s{config.sparsity:g}"]
+    name = "-".join([Path(config.model).stem or "model", *asked, *config.budget])
     candidates = (Path("runs") / (name if i == 1 else f"{name}-{i}") for i in itertools.count(1))
     return next(c for c in candidates if not c.exists())

@@ -75,7 +75,9 @@ class Session:
         for data in {c.data, c.eval_data} - {SELF, None}:
             local_files(str(data))  # a wrong path shows before a large model is loaded
         with self.timed("load"):
-            return load(c.model, c.device, c.dtype, c.trust_remote_code, self.offload, c.units)
+            return load(
+                c.model, c.device, c.dtype, c.trust_remote_code, self.offload, c.units, c.attention_unit, c.keep
+            )
 
     @cached_property
     def bos(self) -> int | None:

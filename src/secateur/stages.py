@@ -27,7 +27,7 @@ from secateur.load import Loaded, read_export
 from secateur.methods import budget_of, find_gates
 from secateur.overlap import overlap
 from secateur.plan import Plan, Rounding, load_plan, save_plan
-from secateur.planning import against_ragged, figures_of, plan_for
+from secateur.planning import HeldOutLoss, against_ragged, figures_of, plan_for, remembered
 from secateur.planning import compare_shapes as compare_shapes
 from secateur.policy import policy_of
 from secateur.recover import LR, Recovery, recover
@@ -50,28 +50,31 @@ class VerificationFailed(RuntimeError):
 
 def learn_stage(session: Session) -> Gates:
     """Learns or scores the gates: RUN/gates.safetensors, metrics.jsonl a line a learning step."""
-    run, _limits, _tokens = session.run, budget_of(session), session.blocks  # loaded before the clock runs
+    run, limits, _tokens = session.run, budget_of(session), session.blocks  # loaded before the clock runs
     with session.timed("learn"):
-        gates = find_gates(session)
+        gates = find_gates(session, limits)
     run.plan.unlink(missing_ok=True)  # a plan of earlier gates
     save_gates(run.gates, gates)
     run.checkpoint.unlink(missing_ok=True)
     return gates
 
 
-def plan_stage(session: Session, shape: str | None = None) -> tuple[Plan, Rounding]:
+def plan_stage(
+    session: Session, shape: str | None = None, held_out_loss: HeldOutLoss | None = None
+) -> tuple[Plan, Rounding]:
     """Rounds the gates to the budget: RUN/plan.json."""
     shape = str(policy_of(shape or session.config.shape))  # before the model is loaded: a word may be wrong
     with session.timed("plan"):
-        plan, rounding = plan_for(session, shape)
+        plan, rounding = plan_for(session, shape, held_out_loss)
         save_plan(session.run.plan, plan, rounding, session.architecture)
     return plan, rounding
 
 
 def plan_beside_ragged(session: Session, shape: str | None = None) -> tuple[Rounding, str | None]:
     """`plan_stage`, and what its shape costs beside ragged widths."""
-    plan, rounding = plan_stage(session, shape)
-    return rounding, against_ragged(session, plan, rounding)
+    held_out_loss = remembered(session)  # both plans begin with the gates as learned
+    plan, rounding = plan_stage(session, shape, held_out_loss)
+    return rounding, against_ragged(session, plan, rounding, held_out_loss)
 
 
 def _planned(session: Session) -> tuple[Plan, Rounding]:
@@ -110,7 +113,7 @@ def _export(session: Session, shape: str | None) -> None:
             loaded.description,
             plan,
             run.model,
-            card=lambda stock: model_card(c, plan.shape, rounding, None, None, (), *_about(loaded), stock),
+            card=lambda stock: model_card(c, plan.shape, rounding, None, None, (), *_about(loaded, stock)),
             max_shard_size=c.max_shard_size,
             dtype=loaded.checkpoint_dtype,
             base_model=public_name(c.model),
@@ -124,9 +127,9 @@ def _is_stock(run: Run) -> bool:
     return "per_layer_config" not in read_json(run.model / "config.json", f"secateur export {run.folder}")
 
 
-def _about(loaded: Loaded) -> tuple[frozenset[str], bool]:
-    """What the card says of the model: the kinds of its units, and whether its code travels."""
-    return loaded.description.kinds, loaded.model.config.model_type in FAMILIES
+def _about(loaded: Loaded, stock: bool) -> tuple[frozenset[str], bool, bool]:
+    """What the card says of the model: the kinds of its units, whether its code travels, whether it is stock."""
+    return loaded.description.kinds, loaded.model.config.model_type in FAMILIES, stock
 
 
 def checked_export(run: Run) -> Path:
@@ -296,7 +299,7 @@ def _update(session: Session, tensors: Mapping[str, torch.Tensor], update: str) 
     """Puts other weights into the export, and says so in its card; figures of the earlier weights go."""
     run, (plan, rounding) = session.run, _planned(session)
     updates = [*updates_of(run.model), update]
-    about = *_about(session.loaded), _is_stock(run)
+    about = _about(session.loaded, _is_stock(run))
     card = model_card(session.config, plan.shape, rounding, None, None, updates, *about)
     rewrite_weights(run.model, tensors, update, {"README.md": card})
     for stale in (run.eval, *run.converted()):
@@ -321,7 +324,7 @@ def eval_stage(session: Session) -> dict[str, Any]:
         counted = sum(p.numel() for p in exported.parameters())
         assert counted == pruned["parameters"], f"the export has {counted} parameters, {pruned['parameters']} planned"
     gates = load_gates(run.gates, description.groups, session.architecture)
-    results: dict[str, Any] = {"method": c.method, "text": text, "dense": dense, "pruned": pruned}
+    results: dict[str, Any] = {"method": c.method, "keep": list(c.keep), "text": text, "dense": dense, "pruned": pruned}
     results["rounding"] = asdict(rounding)
     results["updates"] = updates_of(run.model)
     if "refit" in results["updates"]:
@@ -338,7 +341,7 @@ def eval_stage(session: Session) -> dict[str, Any]:
     results["seconds"] = read_json(run.timings, "secateur prune")
     write_json(run.eval, results)
     verified = read_json(run.verify, f"secateur verify {run.folder}") if run.verify.exists() else None
-    about = *_about(loaded), _is_stock(run)
+    about = _about(loaded, _is_stock(run))
     card = model_card(c, plan.shape, rounding, results, verified, results["updates"], *about)
     write_text(run.model / "README.md", card)
     return results

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from secateur.experts import is_fused, reader
+from secateur.selection import AttentionUnit
 from secateur.units import Group, Slice
 
 
@@ -27,6 +28,8 @@ class Sublayer:
     layer: int
     config: PreTrainedConfig
     """The configuration of this layer: its own widths if the model has been pruned before."""
+    attention_unit: AttentionUnit | None = None
+    """What attention is divided into; None: `kv-groups` where heads share keys, else `heads`."""
 
     @property
     def linears(self) -> dict[str, nn.Linear]:
@@ -38,14 +41,18 @@ class Sublayer:
         return ((n, p) for n, p in self.module.named_parameters() if n.split(".")[0] not in linears)
 
 
-def parts_of(sublayer: Sublayer) -> list[tuple[Sublayer, Callable[[Sublayer], Group]]]:
+Describe = Callable[[Sublayer], tuple[Group, ...]]
+"""Gives the groups of a sublayer: two where KV heads can go as well as query heads, else one."""
+
+
+def parts_of(sublayer: Sublayer) -> list[tuple[Sublayer, Describe]]:
     """What a sublayer consists of, each with what describes it; of a mixture, its experts and its shared experts."""
     module, where = sublayer.module, sublayer.where
     if not any(is_fused(m) for m in module.modules()):
         return [(sublayer, attention if _is_attention(sublayer) else _mlp)]
     if is_fused(module):
         return [(sublayer, _experts)]
-    parts: list[tuple[Sublayer, Callable[[Sublayer], Group]]] = []
+    parts: list[tuple[Sublayer, Describe]] = []
     for name, child in module.named_children():
         part = replace(sublayer, module=child, where=f"{where}.{name}")
         if any(is_fused(m) for m in child.modules()):
@@ -71,8 +78,15 @@ def _is_attention(sublayer: Sublayer) -> bool:
     return named or not {"q_proj", "kv_b_proj"}.isdisjoint(sublayer.linears)
 
 
-def attention(sublayer: Sublayer) -> Group:
-    linears, config = sublayer.linears, sublayer.config
+def attention(sublayer: Sublayer) -> tuple[Group, ...]:
+    """The units that `--attention-unit` says. Where heads have keys of their own (MHA) a head is all three of them;
+    where all share one (MQA, latent attention) there are only heads.
+
+    Query heads of GQA are divided among KV heads, which kernels want to serve as many each. Nested, query heads and KV
+    heads have gates of their own, a query head's output is multiplied by both: so each KV head costs what it holds
+    alone, keys and values, each query head what it holds, and the cost of what is kept is their sum, exactly.
+    """
+    linears, config, unit = sublayer.linears, sublayer.config, sublayer.attention_unit
     if "kv_b_proj" in linears:
         return _latent_attention(sublayer)
     readers = ("q_proj", "k_proj", "v_proj")
@@ -88,38 +102,53 @@ def attention(sublayer: Sublayer) -> Group:
     if not kv_heads or q % heads or k % size or heads % kv_heads or v % kv_heads or columns != heads * (v // kv_heads):
         raise RefusedError(f"q, k, v of {q}, {k}, {v} rows and {writer} of {columns} columns do not make {heads} heads")
 
-    multi_query = kv_heads == 1 < heads
-    kind, units = ("kv_groups", kv_heads) if 1 < kv_heads < heads else ("heads", heads)
-    sizes = [("num_attention_heads", heads // units)]
-    if getattr(config, "num_key_value_heads", None) is not None and not multi_query:
-        sizes.append(("num_key_value_heads", kv_heads // units))
+    if unit in ("kv-groups", "nested") and kv_heads == 1 < heads:
+        raise RefusedError("all its heads share one KV head, so there are no KV groups to remove, only heads")
 
-    slices = _rows(sublayer, readers[:1] if multi_query else readers)
-    slices.append(Slice(f"{sublayer.where}.{writer}.weight", 1))
-    common = [f"{sublayer.where}.{n}.{p}" for n in readers[1:] for p, _ in linears[n].named_parameters() if multi_query]
+    of_keys, common = _rows(sublayer, readers[1:]), []
+    slices = [*_rows(sublayer, readers[:1]), *of_keys, Slice(f"{sublayer.where}.{writer}.weight", 1)]
     for name, parameter in sublayer.other_parameters():
-        if _per_unit(name, tuple(parameter.shape), heads, kv_heads, size):
+        rows = _heads_of(name, tuple(parameter.shape), heads, kv_heads, size)
+        if rows:
             slices.append(Slice(f"{sublayer.where}.{name}", 0))
+            of_keys += slices[-1:] if rows == kv_heads else []
         else:
             common.append(f"{sublayer.where}.{name}")
-    return _group(sublayer, kind, units, writer, slices, sizes, common)
+    of_heads = [s for s in slices if s not in of_keys]
+    heads_key = [("num_attention_heads", 1)]
+    keys_key = [("num_key_value_heads", 1)] if getattr(config, "num_key_value_heads", None) is not None else []
+    if kv_heads == heads:
+        return (_group(sublayer, "heads", heads, writer, slices, heads_key + keys_key, common),)
+    if kv_heads == 1 or unit == "heads":
+        common = [s.param for s in of_keys] + common
+        alone = _group(sublayer, "heads", heads, writer, of_heads, heads_key, common)
+        return (replace(alone, kv_heads=kv_heads if kv_heads > 1 else 0),)
+    if unit == "nested":
+        keys = _group(sublayer, "kv_groups", kv_heads, writer, of_keys, keys_key, [])
+        inside = _group(sublayer, "heads", heads, writer, of_heads, heads_key, common)
+        return keys, replace(inside, kv_heads=kv_heads, keys=keys.name)
+    both_keys = [("num_attention_heads", heads // kv_heads), *keys_key]
+    return (_group(sublayer, "kv_groups", kv_heads, writer, slices, both_keys, common),)
 
 
-def _per_unit(name: str, shape: tuple[int, ...], heads: int, kv_heads: int, size: int) -> bool:
-    """Whether a norm, sink or the like has entries for each head, or (False) serves any head's vector of `size`."""
+def _heads_of(name: str, shape: tuple[int, ...], heads: int, kv_heads: int, size: int) -> int:
+    """How many heads a norm, sink or the like has entries for, one for each, or 0: it serves any head's vector of
+    `size`."""
     in_submodule = "." in name
     if (in_submodule and shape == (size,)) or shape in {(), (1,), (1, size)}:
-        return False
+        return 0
     if shape in {(heads,), (heads, size), (kv_heads, size)}:
-        return True
+        return shape[0]
     if shape in {(heads * size,), (kv_heads * size,)}:
         raise RefusedError(f"{name} normalises over all heads together, so removing one would change the others")
     raise RefusedError(f"parameter {name} of shape {shape} fits neither one head nor a row of heads")
 
 
-def _latent_attention(sublayer: Sublayer) -> Group:
+def _latent_attention(sublayer: Sublayer) -> tuple[Group, ...]:
     """Multi-head latent attention (DeepSeek-V2): heads live in q (or q_b) and kv_b rows; the latent is shared."""
     linears, where, config = sublayer.linears, sublayer.where, sublayer.config
+    if sublayer.attention_unit in ("kv-groups", "nested"):
+        raise RefusedError("all its heads share one latent, so there are no KV groups to remove, only heads")
     reader = "q_proj" if "q_proj" in linears else "q_b_proj"
     compressors = {n for n in linears if n.startswith(("q_a_", "kv_a_"))}
     if reader not in linears or not compressors:
@@ -135,7 +164,7 @@ def _latent_attention(sublayer: Sublayer) -> Group:
     cut = {reader, "kv_b_proj", writer}
     common = [f"{where}.{n}" for n, _ in sublayer.module.named_parameters() if n.split(".")[0] not in cut]
     keys = [k for k in ("num_attention_heads", "num_key_value_heads") if getattr(config, k, None) == heads]
-    return _group(sublayer, "heads", heads, writer, slices, [(key, 1) for key in keys], common)
+    return (_group(sublayer, "heads", heads, writer, slices, [(key, 1) for key in keys], common),)
 
 
 def _the_writer(linears: dict[str, nn.Linear], readers: set[str], config: PreTrainedConfig) -> str:
@@ -148,20 +177,20 @@ def _the_writer(linears: dict[str, nn.Linear], readers: set[str], config: PreTra
 # --- MLP -------------------------------------------------------------------------------------------------------------
 
 
-def _mlp(sublayer: Sublayer) -> Group:
+def _mlp(sublayer: Sublayer) -> tuple[Group, ...]:
     """One reader (plain), two readers or one twice as tall (gated), and a writer back to the hidden size."""
     writer, width, slices, common = _channels(sublayer)
     key = _width_key(sublayer.config, width, "intermediate_size")
-    return _group(sublayer, "channels", width, writer, slices, [(key, 1)], common)
+    return (_group(sublayer, "channels", width, writer, slices, [(key, 1)], common),)
 
 
-def _shared_experts(sublayer: Sublayer) -> Group:
+def _shared_experts(sublayer: Sublayer) -> tuple[Group, ...]:
     """An MLP beside the routed experts, which every token passes. Only Qwen's has a key of its own: the width of
     others is a multiple of the routed experts' width."""
     writer, width, slices, common = _channels(sublayer)
     key = "shared_expert_intermediate_size"
     sizes = [(key, 1)] if getattr(sublayer.config, key, None) == width else []
-    return _group(sublayer, "shared_channels", width, writer, slices, sizes, common)
+    return (_group(sublayer, "shared_channels", width, writer, slices, sizes, common),)
 
 
 def _channels(sublayer: Sublayer) -> tuple[str, int, list[Slice], list[str]]:
@@ -216,7 +245,7 @@ def _width_key(config: PreTrainedConfig, width: int, *usual: str) -> str:
 # --- experts ---------------------------------------------------------------------------------------------------------
 
 
-def _experts(sublayer: Sublayer) -> Group:
+def _experts(sublayer: Sublayer) -> tuple[Group, ...]:
     """Fused experts: up (and gate) projections of all of them in one tensor, down projections in another."""
     module: Any = sublayer.module
     where, config = sublayer.where, sublayer.config
@@ -239,9 +268,10 @@ def _experts(sublayer: Sublayer) -> Group:
     slices.append(Slice(f"{where}.down_proj", 1 if module.is_transposed else 2))
     key = _width_key(config, width, "moe_intermediate_size", "intermediate_size")
     name, common = f"layers.{sublayer.layer}.expert_channels", (f"{where}.down_proj_bias",) if module.has_bias else ()
-    return Group(
+    group = Group(
         name, sublayer.layer, "expert_channels", experts * width, where, tuple(slices), ((key, 1),), common, experts
     )
+    return (group,)
 
 
 def _channelwise(module: Any, width: int) -> bool:

@@ -48,18 +48,28 @@ class Group:
     """The linear map that reads the units' outputs (o_proj, down_proj), or the module that holds fused experts."""
     slices: tuple[Slice, ...]
     sizes: tuple[tuple[str, int], ...]
-    """Config key → its increment for each unit kept, e.g. (("num_attention_heads", 3), ("num_key_value_heads", 1)).
+    """Config key → its increment for each unit stored, e.g. (("num_attention_heads", 3), ("num_key_value_heads", 1)).
     Of experts: for each unit of an expert. Empty where the configuration has no key of its own for the width."""
     shared: tuple[str, ...] = ()
     """Parameters of the sublayer that serve all units: kept while one unit is, dropped with the last one. Of experts:
     biases of their outputs, which they give without any channel, too, so that no expert can go."""
     experts: int = 0
     """Experts among which the units are divided evenly, one expert's after the other's; 0: there are none."""
+    kv_heads: int = 0
+    """KV heads among which query heads are divided so; kernels want as many of each. 0: these units are not divided."""
+    keys: str = ""
+    """Of query heads: the name of the group of their KV heads, if these can go, too (`--attention-unit nested`). It has
+    no columns of the writer; a KV head stays exactly while one of its query heads does."""
+
+    @property
+    def parts(self) -> int:
+        """Experts, or KV heads, of which each has the same number of units; else 1."""
+        return self.experts or self.kv_heads or 1
 
     @property
     def width(self) -> int:
-        """Units of the group, or of each of its experts."""
-        return self.units // self.experts if self.experts else self.units
+        """Units of the group, or of each of its parts."""
+        return self.units // self.parts
 
     @property
     def writer(self) -> str:
@@ -67,9 +77,18 @@ class Group:
         return f"{self.gate_at}.down_proj" if self.experts else f"{self.gate_at}.weight"
 
     @property
+    def writes(self) -> bool:
+        """Whether the writer's columns are cut with these units. Of nested KV heads they are with their query heads."""
+        return any(s.param == self.writer for s in self.slices)
+
+    @property
     def writer_slice(self) -> Slice:
         """Where the units lie in the writer."""
         return next(s for s in self.slices if s.param == self.writer)
+
+    def by_part(self, values: Tensor) -> Tensor:
+        """Values of shape (units,) as (parts, units of each)."""
+        return values.unflatten(0, (self.parts, self.width))
 
     def by_expert(self, values: Tensor) -> Tensor:
         """Values of shape (units,) as (experts, units of each), or as they are where there are no experts."""
@@ -81,22 +100,39 @@ class Group:
         return self.kind in ("heads", "kv_groups")
 
 
+def by_writer(groups: Iterable[Group], gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Group name → what its units' outputs are multiplied by, of groups that write: those of nested query heads by the
+    gates of their KV heads, too."""
+
+    def gate(g: Group) -> Tensor:
+        return gates[g.name] * gates[g.keys].repeat_interleave(g.width) if g.keys else gates[g.name]
+
+    return {g.name: gate(g) for g in groups if g.writes}
+
+
 class Size(NamedTuple):
     """How much of a group is stored."""
 
     width: int
-    """Units, or units of each expert."""
-    experts: int = 0
+    """Units, or units of each part."""
+    parts: int = 1
+    """Experts, or KV heads that still have query heads; else 1."""
 
     @property
     def units(self) -> int:
         """Units in all, those included that only fill an expert up to the common width."""
-        return self.width * (self.experts or 1)
+        return self.width * self.parts
 
 
 def whole(group: Group) -> Size:
     """The unpruned size."""
-    return Size(group.width, group.experts)
+    return Size(group.width, group.parts)
+
+
+def said_by_config(group: Group, size: Size) -> dict[str, int]:
+    """Config key → its value where so much of a group is stored."""
+    count = size.width if group.experts else size.units
+    return {key: count * per_unit for key, per_unit in group.sizes}
 
 
 def unit_params(group: Group, shapes: Shapes) -> int:
@@ -175,9 +211,11 @@ def sliced_shapes(groups: Iterable[Group], sizes: Mapping[str, Size], shapes: Sh
         size = sizes[group.name]
         for s in group.slices:
             shape = list(result[s.param])
-            shape[s.dim] = shape[s.dim] // group.width * size.width
             if group.experts:
-                shape[0] = size.experts
+                shape[s.dim] = shape[s.dim] // group.width * size.width
+                shape[0] = size.parts
+            else:
+                shape[s.dim] = shape[s.dim] // group.units * size.units
             result[s.param] = tuple(shape)
         if size.units == 0:
             for name in group.shared:

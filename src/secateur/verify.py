@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from secateur.attach import writer
 from secateur.slicing import fold
-from secateur.units import Group
+from secateur.units import Group, by_writer
 
 FLOAT32_TOLERANCE = 1e-5
 """Largest difference of a float32 logit, relative to the largest logit where that is above 1."""
@@ -80,6 +80,7 @@ def folded(
 
     So are `biases` into the writers' biases.
     """
+    groups, gates = [g for g in groups if g.writes], by_writer(groups, gates)
     weights = {g.name: model.get_parameter(g.writer) for g in groups}
     saved = {name: weight.data for name, weight in weights.items()}
     own = {g.name: writer(model, g).bias for g in groups if not g.experts}

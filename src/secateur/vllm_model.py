@@ -10,6 +10,7 @@ Shape suffixes: T tokens, H hidden size, E experts that the router knows, K expe
 import copy
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -56,32 +57,31 @@ class Pruned(nn.Module):
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Any:
         """Raises ValueError where a layer was built for other weights than come: vLLM's loaders take a part of those
         that are too large without a word."""
-        sizes: dict[int, int] = {}
+        sizes: Counter[int] = Counter()
         loaded = super().load_weights(counted(weights, sizes))  # type: ignore[misc]
         for index, size in (self.layer_sizes or {}).items():
-            if sizes.get(index, 0) != size:
+            if sizes[index] != size:
                 name = type(self).__name__
                 raise ValueError(
                     f"vLLM's {name.removeprefix(PREFIX)} cannot be pruned layer by layer: layer {index} would hold "
-                    f"{size} weights, the checkpoint has {sizes.get(index, 0)}; export with `--shape uniform`"
+                    f"{size} weights, the checkpoint has {sizes[index]}; export with `--shape uniform`"
                 )
         return loaded
 
 
-def counted(weights: Iterable[tuple[str, Tensor]], sizes: dict[int, int]) -> Iterator[tuple[str, Tensor]]:
-    """The weights, as they come; adds those of each decoder layer to `sizes`."""
+def counted(weights: Iterable[tuple[str, Tensor]], sizes: Counter[int]) -> Iterator[tuple[str, Tensor]]:
+    """The weights, as they come; adds the number of those in each decoder layer to `sizes`."""
     for name, tensor in weights:
-        for index, size in sizes_of_layers([(name, tensor)]).items():
-            sizes[index] = sizes.get(index, 0) + size
+        if found := re.search(r"(?:^|\.)layers\.(\d+)\.", name):
+            sizes[int(found[1])] += tensor.numel()
         yield name, tensor
 
 
-def sizes_of_layers(tensors: Iterable[tuple[str, Tensor]]) -> dict[int, int]:
+def sizes_of_layers(tensors: Iterable[tuple[str, Tensor]]) -> Counter[int]:
     """Number of weights in each decoder layer."""
-    sizes: dict[int, int] = {}
-    for name, tensor in tensors:
-        if found := re.search(r"(?:^|\.)layers\.(\d+)\.", name):
-            sizes[int(found[1])] = sizes.get(int(found[1]), 0) + tensor.numel()
+    sizes: Counter[int] = Counter()
+    for _ in counted(tensors, sizes):
+        pass
     return sizes
 
 
@@ -146,15 +146,12 @@ def replaced(name: str, replacement: Callable[[Any], Any]) -> Iterator[None]:
 def said_of_layer(plain: Any, config: Any, index: int) -> Iterator[None]:
     """Within the context, `plain` says the widths of layer `index`; those of a sublayer that is gone stay dense, since
     vLLM cannot build it with none."""
-    before, layer = (
-        {key: getattr(plain, key) for key in config.per_layer_attributes or ()},
-        config.per_layer_config[index],
-    )
+    keys = set(config.per_layer_attributes or ()) - {EXPERTS_WIDTH}
+    before, layer = {key: getattr(plain, key) for key in keys}, config.per_layer_config[index]
     hidden = plain.hidden_size
     try:
         for key, dense in before.items():
-            if key != EXPERTS_WIDTH:
-                setattr(plain, key, getattr(layer, key) or dense)
+            setattr(plain, key, getattr(layer, key) or dense)
         if hasattr(plain, "head_dim"):
             plain.hidden_size = HiddenSize(hidden, plain.num_attention_heads, plain.head_dim)
         yield

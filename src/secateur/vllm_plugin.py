@@ -83,7 +83,7 @@ def _check_early(name: str) -> None:
         @classmethod
         def verify_and_update_config(cls, vllm_config: Any) -> None:
             check(vllm_config)
-            stock.verify_and_update_config(vllm_config)
+            super().verify_and_update_config(vllm_config)
 
     MODELS_CONFIG_MAP[PREFIX + name] = Checked
 

@@ -5,8 +5,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import vllm
@@ -14,7 +12,7 @@ from vllm.distributed import cleanup_dist_env_and_memory
 
 from secateur.files import InputError
 from secateur.runtimes import Continuation
-from secateur.vllm_plugin import register
+from secateur.workers.vllm import load
 
 CACHE_BYTES = 2**28
 """Room for the keys and values of the prompts of `verify`."""
@@ -30,7 +28,6 @@ def greedy(model: Path, prompts: list[list[int]], new_tokens: int) -> list[Conti
 
     Raises InputError where vLLM does not load it.
     """
-    register()  # where Secateur is not installed beside vLLM, its entry point is not found
     params = vllm.SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True, logprobs=0, detokenize=False)
     asked = [{"prompt_token_ids": prompt} for prompt in prompts]
     try:
@@ -43,15 +40,12 @@ def greedy(model: Path, prompts: list[list[int]], new_tokens: int) -> list[Conti
 
 def _load(model: Path, length: int) -> vllm.LLM:
     try:
-        return vllm.LLM(
-            str(model),
+        return load(
+            model=str(model),
             dtype="float32",
-            skip_tokenizer_init=True,
             enforce_eager=True,
             max_model_len=length,
             kv_cache_memory_bytes=CACHE_BYTES,
-            distributed_executor_backend="uni",
-            disable_log_stats=True,
             use_tqdm_on_load=False,
             seed=0,
             trust_remote_code=True,  # the modelling file in an export is Secateur's own

@@ -33,6 +33,16 @@ def fitting(sequences: float | None, length: int, blocks: int, block: int) -> in
     return blocks * block if sequences is None else round(sequences * -(-length // block) * block)
 
 
+def load(**options: Any) -> Any:
+    """A `vllm.LLM` in this process, fed with token ids; `options` are its own."""
+    import vllm
+
+    from secateur.vllm_plugin import register
+
+    register()  # where Secateur is not installed beside vLLM, its entry point is not found
+    return vllm.LLM(**options, skip_tokenizer_init=True, distributed_executor_backend="uni", disable_log_stats=True)
+
+
 class Model:
     """A model in vLLM."""
 
@@ -40,16 +50,7 @@ class Model:
         import torch
         import vllm
 
-        from secateur.vllm_plugin import register
-
-        register()  # where Secateur is not installed beside vLLM, its entry point is not found
-        llm = vllm.LLM(
-            **engine_options(options),
-            skip_tokenizer_init=True,
-            distributed_executor_backend="uni",
-            disable_log_stats=True,
-        )
-        self.engine = llm.llm_engine
+        self.engine = load(**engine_options(options)).llm_engine
         self.asked = 0
         self.config = self.engine.vllm_config
         self.vocabulary = self.config.model_config.get_vocab_size()

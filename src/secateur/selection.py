@@ -1,0 +1,62 @@
+"""Which units a run prunes, as its options say it: `--units`, `--attention-unit`, `--keep`. Read without a model, for
+`secateur prune`; what a model has of them, `describe` says.
+"""
+
+import re
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Literal
+
+from secateur.files import InputError
+from secateur.policy import policy_of
+
+if TYPE_CHECKING:
+    from secateur.config import Config
+
+Kind = Literal["heads", "channels", "expert_channels", "shared_channels", "attention", "mlp"]
+
+SPOKEN: dict[str, tuple[str, ...]] = {
+    "attention": ("heads",),
+    "mlp": ("channels", "expert_channels", "shared_channels"),
+}
+"""Words for several kinds of units, or for those of attention whatever they are."""
+
+AttentionUnit = Literal["kv-groups", "heads", "nested"]
+"""What attention is divided into."""
+
+
+def kept_words(keep: Collection[str]) -> tuple[str, ...]:
+    """The layers and sublayers that `--keep` names. Raises InputError for what names none."""
+    words = tuple(word for said in keep for word in said.replace(",", " ").split())
+    for word in words:
+        if not re.fullmatch(r"layers\.-?[0-9]{1,6}(\.(attention|mlp))?", word):
+            raise InputError(
+                f"--keep {word}: say layers.0, layers.-1 for the last one, layers.3.attention or layers.3.mlp"
+            )
+    return words
+
+
+def check_selection(c: "Config", scored_once: bool) -> None:
+    """Raises InputError for choices that contradict each other, or the shape, budget and method."""
+    policy = policy_of(c.shape)
+    if c.keep and policy.uniform:
+        raise InputError(f"--keep leaves layers wider than others, so --shape {policy} contradicts it")
+    if c.attention_unit is None:
+        return
+    if c.units and not {"heads", "attention"} & set(c.units):
+        raise InputError(
+            f"--units {' '.join(c.units)} leaves attention whole, so --attention-unit {c.attention_unit} contradicts "
+            "it; leave one of them out"
+        )
+    if c.attention_unit != "nested":
+        return
+    if policy.uniform or c.per in ("layer", "expert"):
+        equal = f"--shape {policy}" if policy.uniform else f"--per {c.per}"
+        raise InputError(
+            f"--attention-unit nested finds for each layer how many KV heads it needs, and {equal} wants equal widths; "
+            "use kv-groups or heads"
+        )
+    if scored_once and c.method != "sensitivity":
+        raise InputError(
+            f"--method {c.method} scores units one by one, and those of --attention-unit nested lie inside each other; "
+            "use kv-groups or heads"
+        )

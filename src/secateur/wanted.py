@@ -1,0 +1,115 @@
+"""What `--budget` says, read: `params=0.7`, `bytes=200MB`. What the kinds count is costs.py's business.
+
+The command line and config.yaml read the words before torch is imported, and before any model is known.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fractions import Fraction
+from math import ceil
+
+from secateur.files import InputError
+
+KINDS = {
+    "units": "parameters in units",
+    "params": "parameters a token meets",
+    "total-params": "parameters",
+    "flops": "FLOPs a token",
+    "kv": "bytes of KV cache a token",
+    "bytes": "bytes of weights",
+}
+"""Kind → what it counts, in words."""
+
+_BYTES = ("kv", "bytes")
+_DECIMAL = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One budget: at most a share of what the unpruned model has, or at most a figure."""
+
+    kind: str
+    value: str
+    """As it was said."""
+    share: Fraction | None
+    figure: int | None
+
+    def __str__(self) -> str:
+        """The words."""
+        return f"{self.kind}={self.value}"
+
+    @property
+    def counts(self) -> str:
+        """What it counts, in words."""
+        return KINDS[self.kind]
+
+    def most(self, dense: Fraction) -> int:
+        """The most that may be left of `dense`, in whole numbers."""
+        if self.figure is not None:
+            return self.figure
+        assert self.share is not None
+        return int(self.share * dense)
+
+    def instead(self, figure: int, dense: Fraction, less: bool = False) -> str:
+        """Words, in the form of these, for a budget that allows `figure` of `dense`; with `less`, no more than it."""
+        if self.share is not None:
+            thousandths = 1000 * figure / dense
+            return f"{self.kind}={(int(thousandths) if less else ceil(thousandths)) / 1000:g}"
+        return f"{self.kind}={figure}"
+
+
+def read_budgets(words: Iterable[str]) -> tuple[Wanted, ...]:
+    """Reads the words of `--budget`. Raises InputError for what is none, or says the same kind twice."""
+    found: dict[str, Wanted] = {}
+    for word in words:
+        wanted = _read(word)
+        if wanted.kind in found:
+            raise InputError(f"--budget {found[wanted.kind]} contradicts --budget {wanted}: say {wanted.kind} once")
+        found[wanted.kind] = wanted
+    return tuple(found.values())
+
+
+def what_is_asked(sparsity: float | None, words: Iterable[str]) -> tuple[float | None, tuple[str, ...]]:
+    """`--sparsity` and `--budget`, checked and in their plainest form: a share of the units becomes a sparsity.
+
+    Raises InputError where nothing is asked for, or the same twice.
+    """
+    if sparsity is None and not words:
+        raise InputError("sparsity: say what to remove, e.g. --sparsity 0.2, or what to keep, e.g. --budget params=0.8")
+    if sparsity is not None and not 0 < sparsity < 1:
+        raise InputError(f"--sparsity must lie between 0 and 1, not {sparsity}: it is the share to remove")
+    wanted = read_budgets(words)
+    units = next((each for each in wanted if each.kind == "units"), None)
+    if sparsity is not None and units is not None:
+        raise InputError(f"--sparsity {sparsity:g} contradicts --budget {units}: both are of the units' parameters")
+    if units is not None and units.share is not None:
+        return float(1 - units.share), tuple(str(each) for each in wanted if each is not units)
+    return sparsity, tuple(map(str, wanted))
+
+
+def _read(word: str) -> Wanted:
+    kind, _, value = (part.strip() for part in word.partition("="))
+    if kind not in KINDS:
+        raise InputError(f"--budget {word}: {kind!r} is no budget; there are {', '.join(KINDS)}, e.g. params=0.7")
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([a-z]*)", value.lower())
+    factor = None if found is None else _factor(kind, found[2])
+    if found is None or factor is None:
+        example = {"kv": "10KB", "bytes": "200MB", "flops": "150M"}.get(kind, "90M")
+        raise InputError(f"--budget {word}: {value!r} is neither a share such as 0.7 nor a figure such as {example}")
+    number = Fraction(found[1]) * factor
+    if not found[2] and 0 < number < 1:
+        return Wanted(kind, value, number, None)
+    if number <= 1:
+        raise InputError(f"--budget {word}: a share to keep lies between 0 and 1, a figure above 1")
+    return Wanted(kind, value, None, int(number))
+
+
+def _factor(kind: str, suffix: str) -> int | None:
+    """What a suffix multiplies by; None for one that the kind has not."""
+    if kind in _BYTES:
+        return (_DECIMAL | _BINARY).get(suffix.removesuffix("b"))
+    if kind == "flops":
+        return _DECIMAL.get(re.sub("flops?$", "", suffix))
+    return (_DECIMAL | {"b": 10**9}).get(suffix)
