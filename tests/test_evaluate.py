@@ -96,7 +96,7 @@ def test_all_windows_of_a_text_or_the_first_ones():
 def test_a_loss_over_many_batches_is_that_of_one(monkeypatch):
     model, ids_NT = small_llama(), torch.randint(3, 60, (7, 9), generator=torch.Generator().manual_seed(0))
     whole = mean_loss(model, ids_NT)
-    monkeypatch.setattr("secateur.evaluate.LOGITS_AT_ONCE", 4 * 9 * 64 * 2)
+    monkeypatch.setattr("secateur.evaluate.TOKENS_AT_ONCE", 18)
     assert mean_loss(model, ids_NT) == pytest.approx(whole)
 
 

@@ -289,7 +289,7 @@ def test_sensitivity_is_the_squared_gradient_of_the_gate_over_a_sequence():
         gate_N = torch.ones(len(found), requires_grad=True)
         with attached(model, groups, by_group(gate_N, groups)):
             logits = model(row).logits[0, :-1]
-        labels = drawn(logits.detach(), generator)
+        labels = drawn(logits.detach().softmax(-1), torch.rand((len(logits), 1), generator=generator))[:, 0]
         loss = torch.nn.functional.cross_entropy(logits, labels)
         (grad,) = torch.autograd.grad(loss, gate_N)
         expected += grad.square() * 8 / 3

@@ -19,12 +19,12 @@ from lm_eval.evaluator import evaluate
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.config import ONE_SHOT
-from secateur.evaluate import LOGITS_AT_ONCE, mean_loss, perplexity, windows
+from secateur.evaluate import mean_loss, perplexity, windows
 from secateur.files import InputError
 from secateur.load import autocast
 from secateur.plan import load_plan
 from secateur.session import Session
-from secateur.tasks import Model, Tasks, load_tasks, seeded
+from secateur.tasks import LOGITS_AT_ONCE, Model, Tasks, load_tasks, seeded
 from secateur.text import evaluation_text
 
 CALIBRATION = ("openstax_calib_0.jsonl.gz", "openwebtext_calib.jsonl.gz", "wikipedia_calib.jsonl.gz")

@@ -21,9 +21,10 @@ from transformers import PreTrainedModel
 from secateur.attach import attached
 from secateur.files import InputError
 from secateur.units import Group
+from secateur.vocabulary import Vocabulary
 
-LOGITS_AT_ONCE = 2**28
-"""Bytes of float32 logits that a forward pass of an evaluation may make (256 MiB)."""
+TOKENS_AT_ONCE = 2048
+"""Tokens of a forward pass of an evaluation, unless a row has more: enough to keep a processor busy."""
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,15 @@ def mean_loss(
 ) -> float:
     """Mean loss in nats a predicted token over rows of token ids, with gates (and writers' biases) where given."""
     device = next(model.parameters()).device
-    rows = max(1, LOGITS_AT_ONCE // (4 * ids_NT.shape[1] * model.config.vocab_size))
-    total = 0.0
+    rows = max(1, TOKENS_AT_ONCE // ids_NT.shape[1])
+    vocabulary = Vocabulary(model)
+    head, total = vocabulary.head, 0.0
     with attached(model, groups, gates, biases) if gates is not None else nullcontext():
         for ids_BT in ids_NT.split(rows):
             ids_BT = ids_BT.to(device)
-            logits_BTV = model(ids_BT, use_cache=False).logits
-            losses = F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), ids_BT[:, 1:].flatten(), reduction="sum")
-            total += losses.item()
+            hidden_RD, labels_R = vocabulary.hidden(ids_BT)[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten()
+            for part in head.chunks(len(labels_R), device):
+                total += F.cross_entropy(head.logits(hidden_RD[part]).float(), labels_R[part], reduction="sum").item()
     return total / (ids_NT.shape[0] * (ids_NT.shape[1] - 1))
 
 

@@ -8,8 +8,8 @@ A paper's sum over a unit's weights is divided by the unit's share of the parame
 Within equal widths (`--per layer`, the rule of magnitude, Wanda-sp and LLM-Pruner) that changes nothing, as all units
 compared are of one size; over kinds it makes heads and channels comparable.
 
-Shape suffixes: N units of the whole model or rows of tokens, I inputs of a writer, T positions; U units of a group,
-V weight vectors of a unit, R entries of a vector.
+Shape suffixes: N units of the whole model or rows of tokens, I inputs of a writer, B batch, T positions, D hidden
+size; U units of a group, V weight vectors of a unit, R entries of a vector.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from secateur.attach import writer
@@ -26,8 +25,10 @@ from secateur.budget import Budget
 from secateur.config import Recipe
 from secateur.files import InputError
 from secateur.importance_experts import EXPERT_SCORES, column_norms, read, watching_experts
+from secateur.objective import distillation_loss
 from secateur.sensitivity import balanced, gate_sensitivity, weighted
 from secateur.units import Group, Slice
+from secateur.vocabulary import Vocabulary
 
 Groups = tuple[Group, ...]
 OnRow = Callable[[int], None]
@@ -176,6 +177,7 @@ def _taylor(
 ) -> list[torch.Tensor]:
     """Σ |Σ_rows w ∂L/∂w| by group, each of shape (U,), with the inner sum over a vector's entries, too, or not."""
     totals: dict[str, torch.Tensor] = {}
+    vocabulary = Vocabulary(model)
     with ExitStack() as stack:
         for group in groups:
             for s in group.slices:
@@ -191,8 +193,9 @@ def _taylor(
                 parameter.requires_grad_()
                 stack.callback(parameter.register_post_accumulate_grad_hook(add).remove)
         for row, ids_BT in enumerate(ids_NT.split(1), start=1):
-            logits_BTV = model(ids_BT, use_cache=False).logits
-            F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), ids_BT[:, 1:].flatten()).backward()
+            hidden_BTD = vocabulary.hidden(ids_BT)
+            loss, _ce, _kl = distillation_loss(hidden_BTD, hidden_BTD, ids_BT, 0.0, 1.0, vocabulary.head)
+            loss.backward()
             on_row(row)
     return [torch.stack([totals[s.param].abs().sum((1, 2)) for s in g.slices]).sum(0) / len(ids_NT) for g in groups]
 

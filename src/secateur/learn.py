@@ -1,7 +1,7 @@
 """The learning loop: frozen weights, one vector of gates, multipliers that hold the budget.
 
-Serves `secateur learn`. Each step: the teacher's logits (gates off), the student's (gates on), the gradient of
-L_ce + η L_kl by the gates alone, one step of the optimiser. Nothing in it is random once the data is in order, but for
+Serves `secateur learn`. Each step: the passes over a batch, which give the gradient of L_ce + η L_kl by the
+gates alone (passes.py), and one step of the optimiser. Nothing in it is random once the data is in order, but for
 the noise of a method that samples its gates.
 
 Shape suffixes: N units of the whole model, B batch, T positions.
@@ -9,19 +9,16 @@ Shape suffixes: N units of the whole model, B batch, T positions.
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from secateur.attach import attached
 from secateur.budget import Budget, largest_that_fits
 from secateur.config import Recipe
 from secateur.data import fingerprint
@@ -29,8 +26,8 @@ from secateur.evaluate import mean_loss
 from secateur.files import InputError, replacing
 from secateur.gates import by_group
 from secateur.guard import Guard, Multipliers
-from secateur.objective import distillation_loss
 from secateur.optimise import Optimiser, Step
+from secateur.passes import Passes, recomputing
 from secateur.relaxation import RELAXATIONS
 from secateur.sensitivity import balanced, gate_sensitivity, weighted
 from secateur.units import Group
@@ -73,18 +70,6 @@ class Learned:
     """Gate values as deployed."""
     fixing: Fixing | None
     """None when the recipe leaves the budget to the plan."""
-
-
-class Passes(NamedTuple):
-    """What the teacher's and the student's pass over a batch give."""
-
-    loss: float
-    ce: float
-    kl: float
-    grad_N: torch.Tensor
-    """Of the loss, by z."""
-    teacher_BTV: torch.Tensor
-    """Logits of the unpruned model."""
 
 
 def learn(
@@ -143,38 +128,18 @@ def learn(
     batches = calibration_NT.split(batch_size)[:steps]
     assert len(batches) == steps, f"{steps} steps need {steps} batches, got {len(batches)}"
 
-    def passes(z_N: torch.Tensor, ids_BT: torch.Tensor) -> Passes:
-        ids_BT, gate_N = ids_BT.to(device), optimiser.train_gates(z_N)
-        with torch.no_grad():
-            teacher_BTV = (teacher or model)(ids_BT, use_cache=False).logits
-        # Gates stay on to the end of the backward pass, which may compute the layers once more.
-        with attached(model, groups, by_group(gate_N, groups)):
-            with recomputing(model, gradient_checkpointing):
-                student_BTV = model(ids_BT, use_cache=False).logits
-            loss, ce, kl = distillation_loss(student_BTV, teacher_BTV, ids_BT, recipe.kd_weight, recipe.kd_temperature)
-            (grad_N,) = torch.autograd.grad(loss, z_N)
-        return Passes(loss.item(), ce.item(), kl.item(), grad_N, teacher_BTV)
-
-    def guards_heard(z_N: torch.Tensor) -> tuple[torch.Tensor, list[float]]:
-        """The guards' part of the gradient, and how far each one's loss is above the unpruned model's."""
-        grad_N, rises = torch.zeros_like(z_N), []
-        for weight, rows_NT in zip(multipliers.weights, guarded.values(), strict=True):
-            ids_BT = rows_NT.split(batch_size)[optimiser.done]
-            found = passes(z_N, ids_BT)
-            dense = distillation_loss(found.teacher_BTV, found.teacher_BTV, ids_BT.to(device), 0.0, 1.0)[1]
-            grad_N += weight * found.grad_N
-            rises.append(found.ce - dense.item())
-        return grad_N, rises
-
+    passes = Passes(model, groups, recipe, teacher, gradient_checkpointing)
     state = optimiser.state(), fixing, multipliers.state()
     try:
         while optimiser.done < steps:
             if optimiser.done == optimiser.settles_at and optimiser.kept_N is None:
                 fixing = _fix(optimiser, model, groups, held_out_NT)
-            z_N = optimiser.z_N.clone().requires_grad_()
-            found = passes(z_N, batches[optimiser.done])
-            guards_grad_N, rises = guards_heard(z_N)
-            grad_N = found.grad_N + guards_grad_N
+            found = passes.over(batches[optimiser.done], optimiser.z_N, optimiser.train_gates)
+            grad_N, rises = found.grad_N, []
+            for weight, rows_NT in zip(multipliers.weights, guarded.values(), strict=True):
+                of_guard = passes.over(rows_NT.split(batch_size)[optimiser.done], optimiser.z_N, optimiser.train_gates)
+                grad_N = grad_N + weight * of_guard.grad_N
+                rises.append(of_guard.ce - of_guard.dense_ce())
             if not (math.isfinite(found.loss) and torch.isfinite(grad_N).all()):
                 raise LearningDiverged(optimiser.done, optimiser.ranking(), optimiser.values())
             step = optimiser.advance(grad_N, found.loss, found.ce, found.kl, unseen(grad_N, groups))
@@ -192,29 +157,6 @@ def learn(
             _save(checkpoint, *state, settings)
         raise
     return Learned(optimiser.ranking(), optimiser.values(), fixing)
-
-
-@contextmanager
-def recomputing(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
-    """Within the context, if `wanted`, layers keep only their inputs for the backward pass; dropout stays off.
-
-    Raises InputError where the model cannot.
-    """
-    if not wanted:
-        yield
-        return
-    if not model.supports_gradient_checkpointing:
-        raise InputError(f"{type(model).__name__} does not support gradient checkpointing; leave the option out")
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    try:
-        for layer in layers:
-            layer.training = True  # of the layer's own flag alone, which is what switches checkpointing on
-        yield
-    finally:
-        for layer in layers:
-            layer.training = False
-        model.gradient_checkpointing_disable()
 
 
 def unseen(grad_N: torch.Tensor, groups: tuple[Group, ...]) -> torch.Tensor | None:

@@ -2,11 +2,14 @@
 
 Every formula names its place in method.md section 3 (the paper: arXiv 2603.08065, section 3).
 
-Shape suffixes: N units of the whole model, C constraints, B batch, T positions, V vocabulary, R = B·T rows.
+Shape suffixes: N units of the whole model, C constraints, B batch, T positions, V vocabulary, R = B·T rows,
+D hidden states, or V where they are logits.
 """
 
 import torch
 import torch.nn.functional as F
+
+from secateur.vocabulary import Head, given, in_chunks
 
 STRETCH_LOW, STRETCH_HIGH = -0.1, 1.1
 """l and r of hard concrete (Louizos et al. 2018): the sigmoid is stretched to (l, r), then clamped to [0, 1]."""
@@ -60,57 +63,68 @@ def lagrangian(
     return (lambda1_C * violation_C + lambda2_C * violation_C.square() + lambda3_C * undecided_C).sum()
 
 
-class _Distillation(torch.autograd.Function):
-    """Cross-entropy and KL in one pass over the rows: the gradient is formed while the softmax is in cache."""
+def distillation(
+    student_RV: torch.Tensor,
+    teacher_RV: torch.Tensor,
+    labels_R: torch.Tensor,
+    weight_R: torch.Tensor,
+    kd_weight: float,
+    temperature: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(L_ce + η τ² KL(teacher ‖ student), L_ce, τ² KL), sums over rows by weight, and the gradient of the first.
 
-    @staticmethod
-    def forward(ctx, student_RV, teacher_RV, labels_R, counted_R, kd_weight, temperature):  # type: ignore[no-untyped-def]
-        grad_RV = torch.empty_like(student_RV)
-        ce = torch.zeros((), device=student_RV.device)
-        kl = torch.zeros_like(ce)
-        chunk = CHUNK_BYTES["cpu" if student_RV.device.type == "cpu" else "other"]
-        rows = max(1, chunk // (4 * student_RV.shape[1]))
-        for start in range(0, len(labels_R), rows):
-            part = slice(start, start + rows)
-            student, labels_R1, weight_R1 = student_RV[part].float(), labels_R[part, None], counted_R[part, None]
-            log_p = F.log_softmax(student, dim=-1)
-            ce -= (log_p.gather(1, labels_R1) * weight_R1).sum()
-            if kd_weight:
-                log_q = F.log_softmax(teacher_RV[part].float() / temperature, dim=-1)
-                log_pt = log_p if temperature == 1.0 else F.log_softmax(student / temperature, dim=-1)
-                q = log_q.exp()
-                kl += temperature**2 * torch.dot((q * log_q.sub_(log_pt)).sum(-1), weight_R1[:, 0])
-            grad = log_p.exp()
-            if kd_weight:
-                grad.add_(grad if temperature == 1.0 else log_pt.exp(), alpha=kd_weight * temperature)
-                grad.sub_(q, alpha=kd_weight * temperature)
-            grad.scatter_add_(1, labels_R1, grad.new_full(labels_R1.shape, -1.0))
-            grad_RV[part] = grad.mul_(weight_R1)
-        ctx.save_for_backward(grad_RV)
-        return ce + kd_weight * kl, ce, kl
-
-    @staticmethod
-    def backward(ctx, grad_loss, _grad_ce, _grad_kl):  # type: ignore[no-untyped-def]
-        (grad_RV,) = ctx.saved_tensors
-        return grad_RV.mul_(grad_loss), None, None, None, None, None
+    Cross-entropy and KL in one pass over the rows: the gradient is formed while the softmax is in cache. With η = 0 the
+    teacher is not looked at and its KL is given as 0.
+    """
+    grad_RV = torch.empty_like(student_RV)
+    ce = torch.zeros((), device=student_RV.device)
+    kl = torch.zeros_like(ce)
+    chunk = CHUNK_BYTES["cpu" if student_RV.device.type == "cpu" else "other"]
+    rows = max(1, chunk // (4 * student_RV.shape[1]))
+    for start in range(0, len(labels_R), rows):
+        part = slice(start, start + rows)
+        student, labels_R1, weight_R1 = student_RV[part].float(), labels_R[part, None], weight_R[part, None]
+        log_p = F.log_softmax(student, dim=-1)
+        ce -= (log_p.gather(1, labels_R1) * weight_R1).sum()
+        if kd_weight:
+            log_q = F.log_softmax(teacher_RV[part].float() / temperature, dim=-1)
+            log_pt = log_p if temperature == 1.0 else F.log_softmax(student / temperature, dim=-1)
+            q = log_q.exp()
+            kl += temperature**2 * torch.dot((q * log_q.sub_(log_pt)).sum(-1), weight_R1[:, 0])
+        grad = log_p.exp()
+        if kd_weight:
+            grad.add_(grad if temperature == 1.0 else log_pt.exp(), alpha=kd_weight * temperature)
+            grad.sub_(q, alpha=kd_weight * temperature)
+        grad.scatter_add_(1, labels_R1, grad.new_full(labels_R1.shape, -1.0))
+        grad_RV[part] = grad.mul_(weight_R1)
+    return torch.stack([ce + kd_weight * kl, ce, kl]), grad_RV
 
 
 def distillation_loss(
-    student_BTV: torch.Tensor, teacher_BTV: torch.Tensor, ids_BT: torch.Tensor, kd_weight: float, temperature: float
+    student_BTD: torch.Tensor,
+    teacher_BTD: torch.Tensor,
+    ids_BT: torch.Tensor,
+    kd_weight: float,
+    temperature: float,
+    student_head: Head | None = None,
+    teacher_head: Head | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """L_ce + η τ² KL(teacher ‖ student), each averaged over predicted positions, in nats a token. Method §3, objective.
 
-    Returns (loss, ce, kl); only `loss` carries a gradient, once, and only to `student_BTV`.
+    From hidden states with the heads that read them (vocabulary.py), or from logits where there is no head. Returns
+    (loss, ce, kl); only `loss` carries a gradient, once, and only to `student_BTD`.
     """
-    labels_BT = ids_BT.roll(-1, dims=1)
+    student_head = student_head or given(student_BTD.shape[-1])
+    read_teacher = (teacher_head or given(teacher_BTD.shape[-1])).logits
+    teacher_RD, labels_R = teacher_BTD.flatten(0, 1), ids_BT.roll(-1, dims=1).flatten()
     counted_BT = torch.ones(ids_BT.shape, device=ids_BT.device)
     counted_BT[:, -1] = 0.0  # nothing follows the last token
-    loss, ce, kl = _Distillation.apply(
-        student_BTV.flatten(0, 1),
-        teacher_BTV.flatten(0, 1),
-        labels_BT.flatten(),
-        counted_BT.flatten() / counted_BT.sum(),
-        kd_weight,
-        temperature,
-    )
+    weight_R = counted_BT.flatten() / counted_BT.sum()
+
+    def work(student_RV: torch.Tensor, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.no_grad():
+            teacher_RV = read_teacher(teacher_RD[part]) if kd_weight else student_RV
+        return distillation(student_RV, teacher_RV, labels_R[part], weight_R[part], kd_weight, temperature)
+
+    loss, ce, kl = in_chunks(student_BTD.flatten(0, 1), student_head, work)
     return loss, ce.detach(), kl.detach()

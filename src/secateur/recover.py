@@ -6,7 +6,7 @@ linear map in the layers (Hu et al. 2021, arXiv 2106.09685), those of fused expe
 the checkpoint keeps its format.
 `full` trains all weights of the layers. Embeddings, output head and final norm stay as they are.
 
-Shape suffixes: N rows, B batch, T positions, V vocabulary.
+Shape suffixes: N rows, B batch, T positions, D hidden size.
 """
 
 import json
@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from secateur.experts import is_fused, reader
 from secateur.files import InputError, replacing
 from secateur.objective import distillation_loss
+from secateur.vocabulary import Vocabulary
 
 LR = {"lora": 3e-3, "full": 3e-4}
 """Peak step sizes of AdamW (docs/study.md)."""
@@ -85,7 +86,8 @@ def recover(
     device = next(student.parameters()).device
     batches = calibration_NT.split(settings.batch_size)[: settings.steps]
     assert len(batches) == settings.steps, f"{settings.steps} steps need {settings.steps} batches, got {len(batches)}"
-    with _trainable(student.eval().requires_grad_(False), layers, settings) as (model, weights, finished):
+    dense, pruned = Vocabulary(teacher), Vocabulary(student.eval().requires_grad_(False))
+    with _trainable(student, layers, settings) as (weights, finished):
         adam = torch.optim.AdamW(list(weights.values()), lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0)
         about = f"{settings} seq_len={calibration_NT.shape[1]}"
         done = 0
@@ -95,11 +97,12 @@ def recover(
             while done < settings.steps:
                 ids_BT = batches[done].to(device)
                 with torch.no_grad():
-                    teacher_BTV = teacher(ids_BT, use_cache=False).logits
-                student_BTV = model(ids_BT, use_cache=False).logits
+                    teacher_BTD = dense.hidden(ids_BT)
+                student_BTD = pruned.hidden(ids_BT)
                 loss, ce, kl = distillation_loss(
-                    student_BTV, teacher_BTV, ids_BT, settings.kd_weight, settings.kd_temperature
-                )
+                    student_BTD, teacher_BTD, ids_BT, settings.kd_weight, settings.kd_temperature,
+                    pruned.head, dense.head,
+                )  # fmt: skip
                 (loss / (1.0 + settings.kd_weight)).backward()
                 norm = nn.utils.clip_grad_norm_(weights.values(), LARGEST_GRADIENT)
                 if not (torch.isfinite(loss) and torch.isfinite(norm)):
@@ -129,14 +132,14 @@ def _schedule(done: int, steps: int) -> float:
 @contextmanager
 def _trainable(
     student: PreTrainedModel, layers: str, settings: Recovery
-) -> Iterator[tuple[nn.Module, dict[str, nn.Parameter], Callable[[], dict[str, Tensor]]]]:
-    """The model to train, its trainable parameters, and what gives the finished weights by their names in `student`."""
+) -> Iterator[tuple[dict[str, nn.Parameter], Callable[[], dict[str, Tensor]]]]:
+    """What is trained, in `student` as it stands within, and what gives the finished weights by their names there."""
     inside = f"{layers}."
     if settings.kind == "full":
         weights = {name: p for name, p in student.named_parameters() if name.startswith(inside)}
         for parameter in weights.values():
             parameter.requires_grad_()
-        yield student, weights, lambda: {name: p.detach() for name, p in weights.items()}
+        yield weights, lambda: {name: p.detach() for name, p in weights.items()}
         return
     try:
         from peft import LoraConfig, get_peft_model
@@ -163,7 +166,7 @@ def _trainable(
         names = [*(f"{name}.weight" for name in targets), *fused]
         return {name: plain.get_parameter(name).detach() for name in names}
 
-    yield adapted, {name: p for name, p in adapted.named_parameters() if p.requires_grad}, merged
+    yield {name: p for name, p in adapted.named_parameters() if p.requires_grad}, merged
 
 
 # --- over an interruption --------------------------------------------------------------------------------------------

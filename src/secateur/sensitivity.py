@@ -7,18 +7,20 @@ Two choices make it accurate (docs/study.md has the figures). Labels are drawn f
 that is the Fisher information itself, the curvature of the KL divergence from the dense model, where squared gradients
 of the text's own labels also count what the model gets wrong. And gradients are summed over a sequence before they are
 squared: a gate is one number for all positions, whose effects add up.
+
+Shape suffixes: N rows, B batch, T positions, R = rows of hidden states, D hidden size, V vocabulary.
 """
 
 from collections.abc import Callable
 from contextlib import ExitStack
 
 import torch
-import torch.nn.functional as F
-from torch import nn
+from transformers import PreTrainedModel
 
 from secateur.attach import writer
 from secateur.experts import Inside, inside_experts
 from secateur.units import Group
+from secateur.vocabulary import Vocabulary, in_chunks
 
 ROWS_AT_ONCE = 2
 """Sequences a forward pass: more do not fit a CPU's cache, and a GPU has enough to do with one."""
@@ -42,7 +44,7 @@ class _Probe(torch.autograd.Function):
 
 
 def gate_sensitivity(
-    model: nn.Module,
+    model: PreTrainedModel,
     groups: tuple[Group, ...],
     ids_NT: torch.Tensor,
     on_row: Callable[[int], None] = lambda _: None,
@@ -58,6 +60,7 @@ def gate_sensitivity(
     generator = torch.Generator(device).manual_seed(seed)
     anchor = torch.zeros((), device=device, requires_grad=True)
     totals = [torch.zeros(g.units, device=device) for g in groups]
+    vocabulary = Vocabulary(model)
     rows = 1 if any(g.experts for g in groups) else ROWS_AT_ONCE  # experts see tokens without their sequences
     with ExitStack() as stack:
         experts = {}
@@ -75,9 +78,17 @@ def gate_sensitivity(
         stack.enter_context(inside_experts(model, experts))
         done = 0
         for ids_BT in ids_NT.split(rows):
-            logits_RV = model(ids_BT, use_cache=False).logits[:, :-1].float().flatten(0, 1)
-            labels_R = drawn(logits_RV.detach(), generator)
-            (F.cross_entropy(logits_RV, labels_R, reduction="sum") / (ids_BT.shape[1] - 1)).backward()
+            hidden_RD = vocabulary.hidden(ids_BT)[:, :-1].flatten(0, 1)
+            luck_R1 = torch.rand((len(hidden_RD), 1), device=device, generator=generator)
+
+            def surprise(logits_RV, part, luck_R1=luck_R1):  # type: ignore[no-untyped-def]
+                p_RV = logits_RV.float().softmax(dim=-1)
+                labels_R1 = drawn(p_RV, luck_R1[part])
+                p_R1 = p_RV.gather(1, labels_R1)
+                p_RV.scatter_add_(1, labels_R1, torch.full_like(p_R1, -1.0))
+                return -p_R1.log().sum(0), p_RV.to(logits_RV.dtype)
+
+            (in_chunks(hidden_RD, vocabulary.head, surprise)[0] / (ids_BT.shape[1] - 1)).backward()
             done += len(ids_BT)
             on_row(done)
     tokens = ids_NT.shape[1] - 1
@@ -92,11 +103,13 @@ def _probed(total_EC: torch.Tensor, anchor: torch.Tensor) -> Inside:
     return inside
 
 
-def drawn(logits_RV: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """A token of each row, drawn by inverting the distribution function: torch.multinomial is many times slower."""
-    cumulative_RV = logits_RV.softmax(dim=-1).cumsum(dim=-1)
-    u_R1 = torch.rand((len(logits_RV), 1), device=logits_RV.device, generator=generator) * cumulative_RV[:, -1:]
-    return torch.searchsorted(cumulative_RV, u_R1).clamp(max=logits_RV.shape[1] - 1)[:, 0]
+def drawn(p_RV: torch.Tensor, luck_R1: torch.Tensor) -> torch.Tensor:
+    """A token of each row of probabilities, shape (R, 1), by inverting the distribution function at `luck_R1`.
+
+    torch.multinomial is many times slower.
+    """
+    cumulative_RV = p_RV.cumsum(dim=-1)
+    return torch.searchsorted(cumulative_RV, luck_R1 * cumulative_RV[:, -1:]).clamp(max=p_RV.shape[1] - 1)
 
 
 def weighted(sensitivity_N: torch.Tensor, groups: tuple[Group, ...], attention_weight: float) -> torch.Tensor:

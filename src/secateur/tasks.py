@@ -36,11 +36,13 @@ from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from secateur.evaluate import LOGITS_AT_ONCE
 from secateur.files import InputError
 from secateur.text import COMPRESSION, JSON_LINES, file_type, json_rows
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
+
+LOGITS_AT_ONCE = 2**28
+"""Bytes of float32 logits that a forward pass of lm-eval may make, all at once (256 MiB)."""
 
 
 @contextmanager

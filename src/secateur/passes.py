@@ -1,0 +1,98 @@
+"""The passes of a learning step: the unpruned model, the gated one, and back to the gates.
+
+For the loop in learn.py, which says over which rows and with which gates.
+
+Shape suffixes: N units of the whole model, B batch, T positions, D hidden size.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from secateur.attach import attached
+from secateur.config import Recipe
+from secateur.files import InputError
+from secateur.gates import by_group
+from secateur.objective import distillation_loss
+from secateur.units import Group
+from secateur.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the passes over a batch give; losses in nats a token."""
+
+    loss: float
+    """L_ce + η L_kl."""
+    ce: float
+    kl: float
+    grad_N: torch.Tensor
+    """Of the loss, by z."""
+    dense_ce: Callable[[], float]
+    """Computes the unpruned model's L_ce, from its hidden states."""
+
+
+class Passes:
+    """A frozen model with gates, and its teacher: the model itself without gates unless another one is given."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        groups: tuple[Group, ...],
+        recipe: Recipe,
+        teacher: PreTrainedModel | None = None,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        self.model, self.groups, self.recipe = model, groups, recipe
+        self.gradient_checkpointing = gradient_checkpointing
+        self.student = Vocabulary(model)
+        self.teacher = self.student if teacher is None else Vocabulary(teacher)
+
+    def over(self, ids_BT: torch.Tensor, z_N: torch.Tensor, gates_of: Callable[[torch.Tensor], torch.Tensor]) -> Found:
+        """Teacher, student, and the gradient by z; `gates_of` makes of z what the student is multiplied by."""
+        z_N, recipe = z_N.clone().requires_grad_(), self.recipe
+        gate_N, ids_BT = gates_of(z_N), ids_BT.to(z_N.device)
+        student, teacher = self.student, self.teacher
+        with torch.no_grad():
+            teacher_BTD = teacher.hidden(ids_BT)
+        # Gates stay on to the end of the backward pass, which may compute the layers once more.
+        with attached(self.model, self.groups, by_group(gate_N, self.groups)):
+            with recomputing(self.model, self.gradient_checkpointing):
+                student_BTD = student.hidden(ids_BT)
+            loss, ce, kl = distillation_loss(
+                student_BTD, teacher_BTD, ids_BT, recipe.kd_weight, recipe.kd_temperature, student.head, teacher.head
+            )
+            (grad_N,) = torch.autograd.grad(loss, z_N)
+
+        def dense_ce() -> float:
+            heads = teacher.head, teacher.head
+            return distillation_loss(teacher_BTD, teacher_BTD, ids_BT, 0.0, 1.0, *heads)[1].item()
+
+        return Found(loss.item(), ce.item(), kl.item(), grad_N, dense_ce)
+
+
+@contextmanager
+def recomputing(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
+    """Within the context, if `wanted`, layers keep only their inputs for the backward pass; dropout stays off.
+
+    Raises InputError where the model cannot.
+    """
+    if not wanted:
+        yield
+        return
+    if not model.supports_gradient_checkpointing:
+        raise InputError(f"{type(model).__name__} does not support gradient checkpointing; leave the option out")
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    try:
+        for layer in layers:
+            layer.training = True  # of the layer's own flag alone, which is what switches checkpointing on
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False
+        model.gradient_checkpointing_disable()
