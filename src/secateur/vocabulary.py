@@ -8,10 +8,10 @@ What turns hidden states into logits (caps, scales, biases) is the model's own `
 standing still: nothing here knows a family. A model whose head needs more than rows of hidden states is found out when
 it is looked at first, and its logits are made at once, as ever.
 
-Liger's kernels do not fit (read in their source, 2025 and 2026). `fused_linear_jsd` holds a float32 tensor of tokens ×
-vocabulary for its loss and knows no labels; the chunked distillation losses, for labels and teacher together, always
-make a gradient of the head's weights, here frozen, and leave out τ²; `fused_linear_cross_entropy` knows no teacher, so
-that the product with the head would be made twice. The first two take a linear map for the head, without caps or scales.
+Liger's kernels do not fit (read in their source). `fused_linear_jsd` holds a float32 tensor of tokens × vocabulary for
+its loss and has no cross-entropy; the chunked distillation losses, which have both, always make a gradient of the
+head's weights, here frozen, and leave out τ²; both take a linear map for the head, without caps or scales.
+`fused_linear_cross_entropy` caps and heeds frozen weights but has no teacher: the head would be multiplied by twice.
 
 Shape suffixes: B batch, T positions, R = B·T rows, D hidden size, V vocabulary.
 """
@@ -76,13 +76,14 @@ class Vocabulary:
         ids_BT = torch.arange(3, device=next(model.parameters()).device)[None]
         with torch.no_grad():
             logits_BTV = model(ids_BT, use_cache=False).logits
-            self.whole = self._reason(ids_BT, logits_BTV)
-            """Why logits are made at once; None: they are made in chunks."""
+            whole = self._reason(ids_BT, logits_BTV)
         words = logits_BTV.shape[-1]
-        self.head = Head(words, self._logits) if self.whole is None else given(words)
+        self.whole = whole
+        """Why logits are made at once; None: they are made in chunks."""
+        self.head = Head(words, self._logits) if whole is None else given(words)
         """What reads rows of `hidden`."""
-        if self.whole is not None:
-            warnings.warn(f"logits of all tokens of a batch are held at once: {self.whole}", stacklevel=2)
+        if whole is not None:
+            warnings.warn(f"logits of all tokens of a batch are held at once: {whole}", stacklevel=2)
 
     def hidden(self, ids_BT: Tensor) -> Tensor:
         """What the head reads, shape (B, T, D): hidden states or, where the model cannot be cut, its logits."""
@@ -170,7 +171,7 @@ class _InChunks(torch.autograd.Function):
 
 
 def _of_chunk(hidden_RD: Tensor, head: Head, work: Work, part: slice) -> tuple[Tensor, Tensor]:
-    """Values, and the gradient of the first: a function of its own, so that its logits are gone before the next ones."""
+    """Values of a chunk, and the gradient of the first: when this returns, its logits are gone."""
     with torch.enable_grad():
         own_RD = hidden_RD.detach().requires_grad_()
         logits_RV = head.logits(own_RD)
