@@ -9,6 +9,7 @@ import torch
 from runs import complaint, described, prune_arguments, random_tokens, same_gates, secateur, small_llama
 from secateur.attach import attached
 from secateur.config import auto_recipe
+from secateur.data import Blocks, fingerprint
 from secateur.files import InputError
 from secateur.gates import by_group
 from secateur.guard import MOST, RANGE_IN, Guard, Multipliers, read_guards
@@ -30,8 +31,12 @@ def learned(model, guarded=None, **options):
     )  # fmt: skip
 
 
+def blocks(rows_NT):
+    return Blocks(rows_NT, random_tokens(2, 12, seed=8), {"fingerprint": fingerprint(rows_NT)})
+
+
 def guard_rows(seed=3):
-    return random_tokens(2 * STEPS, 12, seed=seed)
+    return blocks(random_tokens(2 * STEPS, 12, seed=seed))
 
 
 # --- words -----------------------------------------------------------------------------------------------------------
@@ -72,6 +77,24 @@ def test_a_multiplier_rests_where_the_bound_is_just_met():
     assert multipliers.weights == [1.0]
 
 
+def test_what_held_out_rows_say_beyond_the_batches_counts_from_then_on():
+    multipliers = Multipliers((Guard("a", 0.1),), steps=100)
+    multipliers.hear([0.05])
+    assert multipliers.weights[0] < 1.0
+    multipliers.look([0.3])
+    before = multipliers.weights[0]
+    multipliers.hear([0.05])  # and so 0.3 where it counts
+    assert multipliers.weights[0] > before
+    again = Multipliers((Guard("a", 0.1),), steps=100)
+    again.restore(multipliers.state())
+    assert again == multipliers
+
+
+def test_held_out_rows_are_looked_at_ten_times_a_run_and_never_without_guards():
+    assert sum(Multipliers((Guard("a", 0.1),), steps=50).looks_after(step) for step in range(1, 51)) == 10
+    assert not any(Multipliers((), steps=50).looks_after(step) for step in range(1, 51))
+
+
 # --- learning --------------------------------------------------------------------------------------------------------
 
 
@@ -92,7 +115,7 @@ def test_without_guards_nothing_is_said_of_them(model):
 
 def test_a_rise_is_the_gated_loss_of_the_batch_above_the_dense_models(model):
     steps, rows_NT = [], random_tokens(2 * STEPS, 12)  # the calibration's own, whose gated loss is in the step
-    learned(model, {Guard("other", 0.1): guard_rows(), Guard("same", 0.1): rows_NT}, on_step=steps.append)
+    learned(model, {Guard("other", 0.1): guard_rows(), Guard("same", 0.1): blocks(rows_NT)}, on_step=steps.append)
     with torch.no_grad():
         logits_BTV = model(rows_NT[:2]).logits
     dense = torch.nn.functional.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), rows_NT[:2, 1:].flatten()).item()
@@ -121,7 +144,7 @@ def test_a_guard_changes_what_is_kept_and_helps_its_text(model):
             batch_size=2, guarded=guarded,
         )  # fmt: skip
 
-    free, kept = gates(None), gates({Guard("other", 1e-4): texts[1]})
+    free, kept = gates(None), gates({Guard("other", 1e-4): blocks(texts[1])})
     assert not torch.equal(free.z_N > 0, kept.z_N > 0)
     assert divergence(kept, texts[1]) < divergence(free, texts[1])
 

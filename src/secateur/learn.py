@@ -21,11 +21,11 @@ from transformers import PreTrainedModel
 
 from secateur.budget import Budget, largest_that_fits
 from secateur.config import Recipe
-from secateur.data import fingerprint
+from secateur.data import Blocks
 from secateur.evaluate import mean_loss
 from secateur.files import InputError, replacing
 from secateur.gates import by_group
-from secateur.guard import Guard, Multipliers
+from secateur.guard import LOOKED_AT, Guard, Multipliers
 from secateur.optimise import Optimiser, Step
 from secateur.passes import Passes, recomputing
 from secateur.relaxation import RELAXATIONS
@@ -91,7 +91,7 @@ def learn(
     on_measured: Callable[[int], None] = lambda _: None,
     teacher: PreTrainedModel | None = None,
     gradient_checkpointing: bool = False,
-    guarded: Mapping[Guard, torch.Tensor] | None = None,
+    guarded: Mapping[Guard, Blocks] | None = None,
 ) -> Learned:
     """Learns the gates of `model`, whose weights are frozen and otherwise left as they are.
 
@@ -100,8 +100,8 @@ def learn(
     goes on from it to bit-identical gates. `on_measured` hears of the rows that sensitivity is measured on. `method` is
     one of RELAXATIONS; `measure_every` k records the held-out loss every k steps and changes nothing else. `teacher` is
     the model itself without gates unless another one is given. `gradient_checkpointing` computes each layer once more
-    in the backward pass instead of keeping what it computed: less memory, the same gates. `guarded`: of each text whose
-    loss is bounded the rows, as many as of calibration.
+    in the backward pass instead of keeping what it computed: less memory, the same gates. `guarded`: the texts whose
+    loss is bounded, with as many rows as of calibration.
     Raises LearningDiverged when the loss is not finite.
     """
     device = next(model.parameters()).device
@@ -113,7 +113,7 @@ def learn(
     settings += "" if limits.policy.free else f" shape={limits.policy}"
     settings += "".join(f" {b.name}<={b.allowed}/{b.scale}" for b in limits.bounds)
     guarded = guarded or {}
-    settings += "".join(f" guard={guard} {fingerprint(rows_NT)}" for guard, rows_NT in guarded.items())
+    settings += "".join(f" guard={guard} {text.about['fingerprint']}" for guard, text in guarded.items())
     multipliers = Multipliers(tuple(guarded), steps)
     if checkpoint is not None and checkpoint.exists():
         fixing = _restore(checkpoint, optimiser, multipliers, settings)
@@ -121,12 +121,21 @@ def learn(
         rows = recipe.sensitivity_batches * batch_size
         with recomputing(model, gradient_checkpointing):
             sensitivity_N = gate_sensitivity(model, groups, calibration_NT[:rows].to(device), on_measured)
-            for weight, rows_NT in zip(multipliers.weights, guarded.values(), strict=True):
-                sensitivity_N += weight * gate_sensitivity(model, groups, rows_NT[:rows].to(device), on_measured)
+            for weight, text in zip(multipliers.weights, guarded.values(), strict=True):
+                rows_NT = text.calibration_NT[:rows].to(device)
+                sensitivity_N += weight * gate_sensitivity(model, groups, rows_NT, on_measured)
         sensitivity_N = weighted(sensitivity_N, groups, recipe.attention_weight)
         optimiser.start_from(sensitivity_N, balanced(sensitivity_N, groups, recipe.layer_balance))
     batches = calibration_NT.split(batch_size)[:steps]
     assert len(batches) == steps, f"{steps} steps need {steps} batches, got {len(batches)}"
+
+    looked_at = [text.held_out_NT[: max(1, steps * batch_size // LOOKED_AT)] for text in guarded.values()]
+    dense = [mean_loss(model, rows_NT) for rows_NT in looked_at]
+
+    def above_dense(gate_N: torch.Tensor) -> list[float]:
+        gates = by_group(gate_N, groups)
+        gated = [mean_loss(model, rows_NT, groups, gates) for rows_NT in looked_at]
+        return [after - before for after, before in zip(gated, dense, strict=True)]
 
     passes = Passes(model, groups, recipe, teacher, gradient_checkpointing)
     state = optimiser.state(), fixing, multipliers.state()
@@ -136,8 +145,9 @@ def learn(
                 fixing = _fix(optimiser, model, groups, held_out_NT)
             found = passes.over(batches[optimiser.done], optimiser.z_N, optimiser.train_gates)
             grad_N, rises = found.grad_N, []
-            for weight, rows_NT in zip(multipliers.weights, guarded.values(), strict=True):
-                of_guard = passes.over(rows_NT.split(batch_size)[optimiser.done], optimiser.z_N, optimiser.train_gates)
+            for weight, text in zip(multipliers.weights, guarded.values(), strict=True):
+                ids_BT = text.calibration_NT.split(batch_size)[optimiser.done]
+                of_guard = passes.over(ids_BT, optimiser.z_N, optimiser.train_gates)
                 grad_N = grad_N + weight * of_guard.grad_N
                 rises.append(of_guard.ce - of_guard.dense_ce())
             if not (math.isfinite(found.loss) and torch.isfinite(grad_N).all()):
@@ -146,6 +156,8 @@ def learn(
             if guarded:
                 step = replace(step, guard_rises=rises, guard_weights=list(multipliers.weights))
                 multipliers.hear(rises)
+                if multipliers.looks_after(step.step):
+                    multipliers.look(above_dense(optimiser.values()))
             if measure_every and step.step % measure_every == 0:
                 step = _measured(step, optimiser, model, groups, held_out_NT)
             on_step(step)

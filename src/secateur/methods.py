@@ -120,7 +120,7 @@ def _learn(session: Session, limits: Budget, about: dict[str, Any]) -> Gates:
                 on_step=on_step,
                 on_measured=session.progress.measured,
                 gradient_checkpointing=c.gradient_checkpointing,
-                guarded={guard: text.calibration_NT for guard, text in session.guards.items()},
+                guarded=session.guards,
             )
         except LearningDiverged as error:
             last_good = run.folder / f"gates-step-{error.step}.safetensors"
