@@ -125,9 +125,11 @@ def warnings(results: Mapping[str, Any]) -> list[str]:
     before, after, _opened, _when = _last_step(results)
     found = []
     if after - before > COSTLY:
+        remedy = "more steps, or the default recipe, arrive closer by themselves"
+        if results.get("other_size"):
+            remedy = "they were learned for another size, and `secateur prune MODEL --gates FILE --steps N` tunes them"
         found.append(
-            f"holding the gates to the budget raised the held-out loss by {after - before:.3f} nats a token; more "
-            "steps, or the default recipe, arrive closer by themselves"
+            f"holding the gates to the budget raised the held-out loss by {after - before:.3f} nats a token; {remedy}"
         )
     return found + _overlap_warnings(results.get("overlap")) + _task_warnings(results.get("tasks", {}))
 
@@ -238,6 +240,8 @@ def model_card(
             f"- recipe: `{recipe.name}`, method `{config.method}`, one budget per {config.per}, distillation weight "
             f"{recipe.kd_weight:g}, seed {config.seed}",
         ]
+        if config.gates is not None:
+            lines.append(f"- gates: of another run, {'their values tuned so' if config.steps else 'as they were'}")
     if results is not None:
         lines += [f"- {arrival(results)}"]
     lines.append("")

@@ -3,7 +3,6 @@
 Help texts are the docstrings of the dataclasses' fields. `Config` serves `prune`; the stages read it from RUN.
 """
 
-import argparse
 import os
 import signal
 import sys
@@ -17,9 +16,10 @@ from rich.console import Console
 from safetensors import SafetensorError
 
 from secateur import __version__
-from secateur.config import LEARNING_FIELDS, AnyShape, Config, load_config
+from secateur.config import Config
 from secateur.files import InputError
 from secateur.measure import Bench
+from secateur.options import Export, Learn, Plan, Prune, parse_prune
 
 if TYPE_CHECKING:
     from secateur.run import Run
@@ -32,22 +32,6 @@ errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 @dataclass
-class Prune(Config):
-    """Prune a model: learn gates, remove what they close, export, verify and evaluate the smaller model.
-
-    Example: secateur prune HuggingFaceTB/SmolLM2-135M --sparsity 0.2 --data texts/ --out runs/smol --steps 300
-    """
-
-    config: Path | None = None
-    """Take all settings from this file (RUN/config.yaml repeats a run); options given beside it win."""
-    resume: Path | None = None
-    """Go on with an interrupted run in this folder; its own settings apply."""
-
-    def __post_init__(self) -> None:
-        """Leaves it to `prune` to make a Config of these: there its errors are one line, not a box of the parser's."""
-
-
-@dataclass
 class Inspect:
     """List what can be pruned in a model, and what is refused and why. Reads no weights, but for `--data`."""
 
@@ -57,43 +41,6 @@ class Inspect:
     """Text, as for `prune`: count which experts of a mixture its tokens are sent to."""
     trust_remote_code: bool = False
     """Run modelling code that comes with the checkpoint."""
-
-
-@dataclass
-class Learn:
-    """Learn the gates of a run again, from its settings and data: gates.safetensors, metrics.jsonl."""
-
-    run: tyro.conf.Positional[Path]
-    """Folder of the run."""
-
-
-@dataclass
-class Plan:
-    """Round the learned gates to the budget: plan.json."""
-
-    run: tyro.conf.Positional[Path]
-    """Folder of the run."""
-    shape: AnyShape = None
-    """Widths of the export, as for `prune` (default: the run's); says what they cost beside ragged ones."""
-    compare: bool = False
-    """Say what each usual shape, and `--shape`, would cost in loss and save in bytes and FLOPs, and write nothing."""
-
-
-@dataclass
-class Export:
-    """Write the pruned checkpoint, RUN/model. With --shape, plan anew for that shape first."""
-
-    run: tyro.conf.Positional[Path]
-    """Folder of the run."""
-    shape: AnyShape = None
-    """Widths of the export, as for `prune` (default: the plan's)."""
-    low_memory: bool = False
-    """Leave the dense weights on disk and cut one after the other: for models larger than memory. Takes a second copy
-    of them in the run folder meanwhile. Memory: a few times the largest weight, and a shard (`--max-shard-size`)."""
-    format: Literal["hf", "gguf"] = "hf"
-    """`hf`: the checkpoint itself; `gguf`: what is there, else made, in one file, RUN/model-TYPE.gguf."""
-    gguf_type: Literal["f32", "f16", "q8_0"] = "f16"
-    """Type of the matrices in a GGUF file; norms stay f32."""
 
 
 @dataclass
@@ -203,9 +150,13 @@ def learn(options: Learn) -> None:
 def plan(options: Plan) -> None:
     """`secateur plan`."""
     from secateur.planning import said, show
+    from secateur.sizes import plan_size
 
     if options.compare:
         return show(console, *_staged(_open(options.run), "compare_shapes", shape=options.shape))
+    if asked := _asked(options):
+        size, rounding = _staged(_open(options.run), plan_size, shape=options.shape, **asked)
+        return console.print(f"{said(rounding)}\nwrote {size.run.plan}", markup=False, soft_wrap=True)
     rounding, beside = _staged(_open(options.run), "plan_beside_ragged", shape=options.shape)
     console.print(said(rounding))
     if beside is not None:
@@ -216,6 +167,14 @@ def plan(options: Plan) -> None:
 def export(options: Export) -> None:
     """`secateur export`."""
     run = _open(options.run)
+    if asked := _asked(options):
+        from secateur.sizes import export_size
+
+        run = _staged(run, export_size, shape=options.shape, low_memory=options.low_memory, **asked)
+        console.print(f"wrote {run.model}; go on with `secateur verify {run.folder}`", markup=False, soft_wrap=True)
+        if options.format == "hf":
+            return None
+        options = replace(options, shape=None)
     if options.format == "gguf":
         from secateur.equivalence import gguf_stage
 
@@ -296,6 +255,12 @@ def _open_with(options: Any) -> "Run":
     return replace(run, config=replace(run.config, **own))
 
 
+def _asked(options: Plan | Export) -> dict[str, Any]:
+    """The other size that is asked for, if one is."""
+    asked = {"sparsity": options.sparsity, "budget": options.budget}
+    return asked if options.sparsity is not None or options.budget else {}
+
+
 def _staged(run: "Run", stage: str | Callable[..., Any], **options: Any) -> Any:
     """Runs a stage (its function, or its name in stages.py), or all of them, with progress on the screen."""
     from secateur import stages
@@ -322,29 +287,9 @@ def _print(run: "Run", results: dict[str, Any]) -> None:
     print_results(console, run, results)
 
 
-def _defaults(arguments: Sequence[str]) -> Prune | None:
-    """The settings that `--config` or `--resume` bring, as defaults for the other options of `prune`."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", type=Path)
-    parser.add_argument("--resume", type=Path)
-    given, _ = parser.parse_known_args(arguments)
-    path = given.config if given.config is not None else given.resume and given.resume / "config.yaml"
-    return None if path is None else Prune(**vars(load_config(path)), config=given.config, resume=given.resume)
-
-
 def _parse(name: str, arguments: Sequence[str]) -> Any:
     kind = COMMANDS[name][0]
-    default = _defaults(arguments) if kind is Prune else None
-    if default is None:
-        return tyro.cli(kind, args=arguments, prog=f"secateur {name}")
-    options = tyro.cli(kind, args=arguments, prog=f"secateur {name}", default=replace(default, budget=()))
-    options.budget = options.budget or default.budget
-    if any(getattr(options, f) != getattr(default, f) for f in LEARNING_FIELDS):
-        options.learning = None
-    scoped = ("shape", "recipe", "method")
-    if any(getattr(options, f) != getattr(default, f) for f in scoped) and options.per == default.per:
-        options.per = None  # what the file holds is the default of the other shape, recipe or method
-    return options
+    return parse_prune(arguments) if kind is Prune else tyro.cli(kind, args=arguments, prog=f"secateur {name}")
 
 
 def _overview() -> None:

@@ -94,6 +94,8 @@ Shape = Annotated[str, _SAID]
 """Words that policy.py reads."""
 AnyShape = Annotated[str | None, _SAID]
 """The same where the option may be left out."""
+Words = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="KIND=VALUE")]
+"""Words that wanted.py reads."""
 
 Tie = Literal["rows", "experts"]
 """What of a mixture goes together: `rows`, the channels of the same rank in all experts of a layer, so that these stay
@@ -149,7 +151,7 @@ class Config:
     """Local folder, hub id, or GGUF file of a causal language model."""
     sparsity: float | None = None
     """Share of the parameters that belong to units (heads, channels; see `--units`) to remove, between 0 and 1."""
-    budget: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="KIND=VALUE")] = ()
+    budget: Words = ()
     """What may be left, at most: a share of what the unpruned model has (`params=0.7`), or a figure (`params=90M`,
     `bytes=200MB`). Kinds: `units`, the parameters in units (units=0.7 is --sparsity 0.3); `params`, those that a token
     meets: of a mixture's experts as many as it is routed to; `total-params`, all that are stored, tied ones once;
@@ -176,13 +178,16 @@ class Config:
     keep: tuple[str, ...] = ()
     """Layers, or sublayers, that stay whole, with commas or spaces between: `layers.0,layers.-1` (from the end),
     `layers.3.mlp`, `layers.3.attention`. `--sparsity` is a share of all units still, and goes from the others."""
+    gates: Path | None = None
+    """Begin with gates of another run (its gates.safetensors), maybe of a sibling: a base model, a fine-tune. What is
+    kept, at any size, follows from them; `--steps` tunes their values, and 0 takes them as they are."""
     data: str = "self"
     """Calibration text: a file or folder (.txt, .jsonl, .parquet; .gz, .zst), a dataset on the hub, or `self` for text
     that the model itself writes."""
     out: Path | None = None
     """Folder of the run; by default a new folder under runs/."""
     steps: int = 1000
-    """Learning steps. Steps × batch size × sequence length is the number of tokens spent."""
+    """Learning steps (with `--gates` also 0). Steps × batch size × sequence length is the number of tokens spent."""
     seq_len: int = 2048
     """Tokens a sequence."""
     batch_size: int = 4
@@ -278,8 +283,9 @@ class Config:
             raise InputError("--per kind asks for the same share of every kind, so it needs --sparsity; leave it out")
         if self.method == "flap" and (said := [w for w in self.budget if w.startswith(("params", "total", "bytes"))]):
             raise InputError(f"--method flap adds biases, which --budget {said[0]} does not count; use flops or kv")
-        for name in ("steps", "batch_size", "epochs", "checkpoint_every"):
-            if getattr(self, name) < 1:
+        counts = ("batch_size", "epochs", "checkpoint_every", "refit_rounds", "recover_steps", "recover_rank")
+        for name in (*(() if self.gates and self.steps == 0 else ("steps",)), *counts):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
         for name in ("seq_len", "eval_length"):
             if getattr(self, name) < 2:
@@ -308,16 +314,10 @@ class Config:
             )
         if policy.uniform and self.method == "flap":
             raise InputError(f"--method flap adds biases, which --shape {policy} has no place for; use --shape ragged")
-        if self.refit_rounds < 1:
-            raise InputError(f"--refit-rounds must be at least 1, not {self.refit_rounds}")
         if self.refit_tokens is not None and self.refit_tokens < self.seq_len:
             raise InputError(f"--refit-tokens must be at least one sequence of {self.seq_len}, not {self.refit_tokens}")
-        if self.recover_steps is not None and self.recover_steps < 1:
-            raise InputError(f"--recover-steps must be at least 1, not {self.recover_steps}")
         if self.recover_lr is not None and self.recover_lr <= 0:
             raise InputError(f"--recover-lr must be above 0, not {self.recover_lr}")
-        if self.recover_rank < 1:
-            raise InputError(f"--recover-rank must be at least 1, not {self.recover_rank}")
         if self.measure_every < 0:
             raise InputError(f"--measure-every must be at least 0, not {self.measure_every}")
         self._check_learns_nothing()
@@ -345,7 +345,7 @@ class Config:
 
     def resolved(self) -> "Config":
         """The same settings with every default filled in, the recipe included."""
-        recipe = self.learning or recipe_of(self.method, self.recipe, self.steps, self.binarise)
+        recipe = self.learning or recipe_of(self.method, self.recipe, max(1, self.steps), self.binarise)
         recipe = replace(
             recipe,
             lr=recipe.lr if self.lr is None else self.lr,

@@ -3,6 +3,7 @@
 from types import TracebackType
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from secateur.config import ONE_SHOT, Config
@@ -99,6 +100,10 @@ class Screen(Listener):
         if self.task is None:
             self.task = self.bars.add_task("score", total=of, figures="rows")
         self.bars.advance(self.task, rows)
+
+    def warned(self, warning: str) -> None:
+        """Something that is possible, and maybe not meant."""
+        self.bars.console.print(f"[yellow]warning:[/yellow] {escape(warning)}", soft_wrap=True)
 
     def _end(self) -> None:
         if self.task is not None:

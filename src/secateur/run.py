@@ -91,6 +91,11 @@ class Run:
         return [*self.folder.glob("model-*.gguf"), *self.folder.glob("verify-*.json")]
 
     @property
+    def sizes(self) -> Path:
+        """The same model in other sizes, each in the folder of a run of its own."""
+        return self.folder / "sizes"
+
+    @property
     def timings(self) -> Path:
         """Seconds that each stage took."""
         return self.folder / "timings.json"
@@ -99,6 +104,8 @@ class Run:
 def new_run(config: Config) -> Run:
     """Creates the folder with its config.yaml. Raises InputError if it holds another run."""
     config = config.resolved()
+    if config.gates is not None and not config.gates.is_file():
+        raise InputError(f"--gates {config.gates} is no file; give the gates.safetensors of a run")
     folder = config.out or _free_folder(config)
     if folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - NOT_YET_BEGUN):
         what = "holds another run" if (folder / "config.yaml").is_file() else "is not empty"

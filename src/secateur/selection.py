@@ -35,9 +35,18 @@ def kept_words(keep: Collection[str]) -> tuple[str, ...]:
     return words
 
 
+def _check_sources(c: "Config", scored_once: bool) -> None:
+    """Raises InputError where gates cannot come from what is said."""
+    if c.gates is not None and c.method != "deterministic":
+        raise InputError(f"--gates are tuned as those of deterministic, so --method {c.method} contradicts it")
+    if c.steps == 0 and (c.refit or c.recover):
+        raise InputError("--refit and --recover need calibration text, of which --steps 0 reads none")
+
+
 def check_selection(c: "Config", scored_once: bool) -> None:
     """Raises InputError for choices that contradict each other, or the shape, budget and method."""
     policy = policy_of(c.shape)
+    _check_sources(c, scored_once)
     if c.keep and policy.uniform:
         raise InputError(f"--keep leaves layers wider than others, so --shape {policy} contradicts it")
     if c.attention_unit is None:

@@ -50,7 +50,8 @@ class VerificationFailed(RuntimeError):
 
 def learn_stage(session: Session) -> Gates:
     """Learns or scores the gates: RUN/gates.safetensors, metrics.jsonl a line a learning step."""
-    run, limits, _tokens = session.run, budget_of(session), session.blocks  # loaded before the clock runs
+    # Loaded before the clock runs, and what may be refused first.
+    run, limits, _known = session.run, budget_of(session), (session.given, session.blocks)
     with session.timed("learn"):
         gates = find_gates(session, limits)
     run.plan.unlink(missing_ok=True)  # a plan of earlier gates
@@ -212,6 +213,8 @@ def refit_stage(session: Session) -> list[Refit]:
     """Solves the export's output projections anew, in `--refit-rounds`, and writes them in their place: RUN/model,
     refit.json."""
     run, c, loaded = session.run, session.config, session.loaded
+    if not c.steps:
+        raise InputError("this run took --steps 0, so it has no calibration text to refit on")
     plan, _rounding = _planned(session)
     groups, blocks = kept_groups(loaded.description.groups, plan), session.blocks
     student = load_export(session, next(loaded.model.parameters()).dtype)
@@ -329,7 +332,8 @@ def eval_stage(session: Session) -> dict[str, Any]:
     results["updates"] = updates_of(run.model)
     if "refit" in results["updates"]:
         results["refit"] = read_json(run.refit, f"secateur refit {run.folder}")
-    results["fixing"] = gates.about.get("fixing")
+    other = gates.asked != (c.sparsity, c.budget)  # size than gates were learned for
+    results |= {"fixing": None if other else gates.about.get("fixing"), "other_size": other}
     results["join"] = join
     if tasks is not None:
         with session.timed("score"):
@@ -374,7 +378,7 @@ def remaining_stages(session: Session) -> dict[str, Any]:
     run = session.run
     if not run.gates.exists():
         # What is wrong is better known before learning, and before the model writes itself a text.
-        _tasks, _limits, _text = session.tasks, budget_of(session), _evaluation_windows(session)
+        _known = session.tasks, budget_of(session), session.given, _evaluation_windows(session)
         learn_stage(session)
     if not run.plan.exists():
         plan_stage(session)
