@@ -19,7 +19,7 @@ from secateur import __version__
 from secateur.config import Config
 from secateur.files import InputError
 from secateur.measure import Bench
-from secateur.options import Export, Learn, Plan, Prune, parse_prune
+from secateur.options import Export, Learn, Plan, Prune, Sizes, parse_prune
 
 if TYPE_CHECKING:
     from secateur.run import Run
@@ -122,7 +122,16 @@ def prune(options: Prune) -> None:
         run = open_run(options.resume)
     else:
         run = new_run(Config(**{f.name: getattr(options, f.name) for f in fields(Config)}))
-    _print(run, _staged(run, "remaining_stages"))
+    results = _staged(run, "remaining_stages")
+    if run.config.sweep is None:
+        return _print(run, results)
+    from secateur.pareto import show
+
+    show(console, results, run.folder / "sizes.png")
+    if "picked" in results:
+        return _print(_open(run.sizes / results["picked"]), results["results"])
+    again = f"secateur export {run.folder}"
+    return console.print(f"to write one: `{again} --sparsity 0.3`, or `{again} --pick 'loss<=1.05'`", markup=False)
 
 
 def inspect(options: Inspect) -> None:
@@ -144,7 +153,16 @@ def inspect(options: Inspect) -> None:
 
 def learn(options: Learn) -> None:
     """`secateur learn`."""
-    _staged(_open(options.run), "learn_stage")
+    run = _open(options.run, sweeps=True)
+    if options.sweep is not None:
+        run = replace(run, config=replace(run.config, sparsity=None, sweep=options.sweep))
+    if run.config.sweep is None:
+        _staged(run, "learn_stage")
+        return
+    from secateur.sweep import learn_sizes
+
+    _staged(run, learn_sizes)
+    console.print(f"compare them with `secateur sizes {run.folder}`", markup=False, soft_wrap=True)
 
 
 def plan(options: Plan) -> None:
@@ -155,7 +173,7 @@ def plan(options: Plan) -> None:
     if options.compare:
         return show(console, *_staged(_open(options.run), "compare_shapes", shape=options.shape))
     if asked := _asked(options):
-        size, rounding = _staged(_open(options.run), plan_size, shape=options.shape, **asked)
+        size, rounding = _staged(_open(options.run, sweeps=True), plan_size, shape=options.shape, **asked)
         return console.print(f"{said(rounding)}\nwrote {size.run.plan}", markup=False, soft_wrap=True)
     rounding, beside = _staged(_open(options.run), "plan_beside_ragged", shape=options.shape)
     console.print(said(rounding))
@@ -166,8 +184,17 @@ def plan(options: Plan) -> None:
 
 def export(options: Export) -> None:
     """`secateur export`."""
-    run = _open(options.run)
-    if asked := _asked(options):
+    asked = _asked(options)
+    run = _open(options.run, sweeps=bool(asked or options.pick))
+    if options.pick is not None:
+        from secateur.pareto import compare_sizes, picked
+
+        if asked:
+            raise InputError(f"--pick {options.pick} says a size, so another one contradicts it")
+        size = picked(_staged(run, compare_sizes), options.pick)
+        console.print(f"picked {size['name']}: loss × {size['shares']['loss']:.3f}", markup=False)
+        run = _open(Path(size["folder"]))
+    if asked:
         from secateur.sizes import export_size
 
         run = _staged(run, export_size, shape=options.shape, low_memory=options.low_memory, **asked)
@@ -183,6 +210,14 @@ def export(options: Export) -> None:
         return console.print(f"wrote {path} ({written})", markup=False, soft_wrap=True)
     _staged(run, "export_stage", shape=options.shape, low_memory=options.low_memory)
     return console.print(f"wrote {run.model}", markup=False, soft_wrap=True)
+
+
+def sizes(options: Sizes) -> None:
+    """`secateur sizes`."""
+    from secateur.pareto import compare_sizes, show
+
+    run = _open(options.run, sweeps=True)
+    show(console, _staged(run, compare_sizes), run.folder / "sizes.png")
 
 
 def verify(options: Verify) -> None:
@@ -231,6 +266,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "learn": (Learn, learn),
     "plan": (Plan, plan),
     "export": (Export, export),
+    "sizes": (Sizes, sizes),
     "verify": (Verify, verify),
     "refit": (Refit, refit),
     "recover": (Recover, recover),
@@ -242,10 +278,14 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
 # --- what they share -------------------------------------------------------------------------------------------------
 
 
-def _open(folder: Path) -> "Run":
+def _open(folder: Path, sweeps: bool = False) -> "Run":
     from secateur.run import open_run
 
-    return open_run(folder)
+    run = open_run(folder)
+    if run.config.sweep is not None and not sweeps:
+        found = ", ".join(sorted(path.parent.name for path in run.sizes.glob("*/gates.safetensors"))) or "not there yet"
+        raise InputError(f"{folder} is a sweep over sizes ({found}), each a run of its own: say {run.sizes}/SIZE")
+    return run
 
 
 def _open_with(options: Any) -> "Run":

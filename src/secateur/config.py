@@ -16,7 +16,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from secateur.files import InputError, write_text
 from secateur.policy import policy_of
 from secateur.selection import AttentionUnit, Kind, check_selection, kept_words
-from secateur.wanted import what_is_asked
+from secateur.wanted import read_pick, what_is_asked
 
 
 @dataclass(frozen=True)
@@ -158,6 +158,13 @@ class Config:
     `flops` a token, without attention over the context; `kv`, bytes of KV cache a token; `bytes` of the weights, in the
     checkpoint's dtype. Say it several times for several budgets (`--budget params=0.7 --budget kv=0.5`): all are met,
     from below, and nothing that was removed would still fit."""
+    sweep: str | None = None
+    """Learn several sizes in one run, in the place of `--sparsity`: `0.1:0.6` (0.1 apart), `0.1:0.6:0.05`, `0.2,0.35`,
+    or shares to keep, `params=0.9:0.5`. Each one goes on from the next larger one and lies in it; the steps are divided
+    among them. Each is a run of its own in RUN/sizes; `secateur sizes` compares them."""
+    pick: str | None = None
+    """Of a sweep, export the smallest size that is good enough: `loss<=1.05` (times the unpruned model's on held-out
+    text), `perplexity<=1.3`; or the best that is small enough: `params<=0.7`, `flops<=0.7`; or both, with commas."""
     method: Method = "deterministic"
     """How the units to keep are found. `deterministic` is the method of the paper; the others are baselines over the
     same units, budget and text. Gates are learned otherwise with `hard-concrete` (noise), `hard-concrete-deterministic`
@@ -278,7 +285,9 @@ class Config:
 
     def __post_init__(self) -> None:
         """Raises InputError for settings that are out of range or contradict each other."""
-        self.sparsity, self.budget = what_is_asked(self.sparsity, self.budget)
+        self.sparsity, self.budget = what_is_asked(self.sparsity, self.budget, self.sweep)
+        if self.pick is not None:
+            read_pick(self.pick)
         if self.per == "kind" and self.sparsity is None:
             raise InputError("--per kind asks for the same share of every kind, so it needs --sparsity; leave it out")
         if self.method == "flap" and (said := [w for w in self.budget if w.startswith(("params", "total", "bytes"))]):

@@ -32,10 +32,15 @@ class Prune(Config):
 
 @dataclass
 class Learn:
-    """Learn the gates of a run again, from its settings and data: gates.safetensors, metrics.jsonl."""
+    """Learn the gates of a run again, from its settings and data: gates.safetensors, metrics.jsonl.
+
+    Example, many sizes in one go: secateur learn RUN --sweep 0.1:0.6
+    """
 
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
+    sweep: str | None = None
+    """Learn several sizes, one after the other, as for `prune`: RUN/sizes. The run's own gates stay."""
 
 
 @dataclass
@@ -68,6 +73,8 @@ class Export:
     it keeps lies in what larger sizes keep, and RUN/model stays."""
     budget: Words = ()
     """The same by `--budget`, as for `prune`."""
+    pick: str | None = None
+    """Write one of the sizes that there are, as for `prune`: `loss<=1.05`."""
     shape: AnyShape = None
     """Widths of the export, as for `prune` (default: the plan's)."""
     low_memory: bool = False
@@ -79,6 +86,17 @@ class Export:
     """Type of the matrices in a GGUF file; norms stay f32."""
 
 
+@dataclass
+class Sizes:
+    """Compare a run's own size and those in RUN/sizes: loss against parameters, FLOPs, time. RUN/sizes.json, sizes.png.
+
+    Time is there where `secateur bench` was run on a size.
+    """
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
+
+
 def parse_prune(arguments: Sequence[str]) -> Prune:
     """The options of `prune`; what `--config` or `--resume` bring are the defaults of the others."""
     default = _defaults(arguments)
@@ -86,6 +104,8 @@ def parse_prune(arguments: Sequence[str]) -> Prune:
         return tyro.cli(Prune, args=arguments, prog="secateur prune")
     options = tyro.cli(Prune, args=arguments, prog="secateur prune", default=replace(default, budget=()))
     options.budget = options.budget or default.budget
+    if options.sweep != default.sweep:  # the file's size gives way
+        options.sparsity = None if options.sparsity == default.sparsity else options.sparsity
     if any(getattr(options, f) != getattr(default, f) for f in LEARNING_FIELDS):
         options.learning = None
     scoped = ("shape", "recipe", "method")

@@ -64,6 +64,10 @@ class Screen(Listener):
             removed = f"removed {1 - step.kept:.1%} (score {1 - step.score:.1%}, target {1 - step.target:.1%})"
         self._train("learn", step, self.config.steps, removed)
 
+    def size(self, name: str) -> None:
+        """Another size of a sweep begins."""
+        self.bars.console.print(f"size {name}", markup=False)
+
     def recovered(self, step: RecoveryStep) -> None:
         """A step of recovery is done."""
         self._train("recover", step, self.config.recover_steps or self.config.steps, "")

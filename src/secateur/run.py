@@ -96,6 +96,11 @@ class Run:
         return self.folder / "sizes"
 
     @property
+    def sweep(self) -> Path:
+        """What a sweep over sizes is, and whether it is done."""
+        return self.folder / "sweep.json"
+
+    @property
     def timings(self) -> Path:
         """Seconds that each stage took."""
         return self.folder / "timings.json"
@@ -147,6 +152,7 @@ def recorded(path: Path, goes_on: bool, hear: Callable[[Any], None]) -> Iterator
 
 def _free_folder(config: Config) -> Path:
     asked = [] if config.sparsity is None else [f"s{config.sparsity:g}"]
+    asked += [] if config.sweep is None else [f"sweep-{config.sweep.replace(':', '-')}"]
     name = "-".join([Path(config.model).stem or "model", *asked, *config.budget])
     candidates = (Path("runs") / (name if i == 1 else f"{name}-{i}") for i in itertools.count(1))
     return next(c for c in candidates if not c.exists())

@@ -40,6 +40,9 @@ class Progress:
     def recovered(self, step: RecoveryStep) -> None:
         """A step of recovery is done."""
 
+    def size(self, name: str) -> None:
+        """Another size of a sweep begins."""
+
     def measured(self, rows: int) -> None:
         """The sensitivity of the gates has been measured on so many rows."""
 

@@ -376,6 +376,11 @@ def open_session(folder: Path | str) -> Session:
 def remaining_stages(session: Session) -> dict[str, Any]:
     """All stages that have not been done yet, in order; returns what eval.json holds."""
     run = session.run
+    if run.config.sweep is not None:
+        from secateur.sweep import sweep_stages  # which does all this for a size
+
+        _tasks, _text = session.tasks, _evaluation_windows(session)
+        return sweep_stages(session)
     if not run.gates.exists():
         # What is wrong is better known before learning, and before the model writes itself a text.
         _known = session.tasks, budget_of(session), session.given, _evaluation_windows(session)
