@@ -16,7 +16,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from secateur.files import InputError, write_text
 from secateur.policy import policy_of
 from secateur.selection import AttentionUnit, Kind, check_selection, kept_words
-from secateur.wanted import read_pick, what_is_asked
+from secateur.wanted import what_is_asked
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,6 @@ ONE_SHOT = ("sensitivity", "magnitude", "wanda-sp", "flap", "taylor-element", "t
 EQUAL_WIDTHS = ("magnitude", "wanda-sp", "taylor-element", "taylor-vector", *OF_EXPERTS)
 """Methods whose papers remove the same share of every layer; FLAP's and GRASPrune's budgets are the model's."""
 
-
 WHOLE_EXPERTS = ("frequency", "reap")
 """Methods that score experts, and remove these whole."""
 
@@ -160,8 +159,8 @@ class Config:
     from below, and nothing that was removed would still fit."""
     sweep: str | None = None
     """Learn several sizes in one run, in the place of `--sparsity`: `0.1:0.6` (0.1 apart), `0.1:0.6:0.05`, `0.2,0.35`,
-    or shares to keep, `params=0.9:0.5`. Each one goes on from the next larger one and lies in it; the steps are divided
-    among them. Each is a run of its own in RUN/sizes; `secateur sizes` compares them."""
+    or shares to keep, `params=0.9:0.5`. Each goes on from the next larger one and lies in it, for a part of the steps,
+    and is a run of its own in RUN/sizes; `secateur sizes` compares them."""
     pick: str | None = None
     """Of a sweep, export the smallest size that is good enough: `loss<=1.05` (times the unpruned model's on held-out
     text), `perplexity<=1.3`; or the best that is small enough: `params<=0.7`, `flops<=0.7`; or both, with commas."""
@@ -286,9 +285,7 @@ class Config:
     def __post_init__(self) -> None:
         """Raises InputError for settings that are out of range or contradict each other."""
         self.sparsity, self.budget = what_is_asked(self.sparsity, self.budget, self.sweep)
-        if self.pick is not None:
-            read_pick(self.pick)
-        if self.per == "kind" and self.sparsity is None:
+        if self.per == "kind" and not self.by_sparsity:
             raise InputError("--per kind asks for the same share of every kind, so it needs --sparsity; leave it out")
         if self.method == "flap" and (said := [w for w in self.budget if w.startswith(("params", "total", "bytes"))]):
             raise InputError(f"--method flap adds biases, which --budget {said[0]} does not count; use flops or kv")
@@ -305,12 +302,11 @@ class Config:
             raise InputError(f"--task-limit must be at least 1 item, not {self.task_limit}")
         if self.held_out_tokens < self.seq_len:
             self.held_out_tokens = self.seq_len
-        if self.lr is not None and self.lr <= 0:
-            raise InputError(f"--lr must be above 0, not {self.lr}")
+        for name in ("lr", "kd_temperature", "recover_lr"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise InputError(f"--{name.replace('_', '-')} must be above 0, not {getattr(self, name)}")
         if self.kd_weight is not None and self.kd_weight < 0:
             raise InputError(f"--kd-weight must be at least 0, not {self.kd_weight}")
-        if self.kd_temperature is not None and self.kd_temperature <= 0:
-            raise InputError(f"--kd-temperature must be above 0, not {self.kd_temperature}")
         if not re.fullmatch(r"\d+(\.\d+)? *([KMGT]i?B|B)?", self.max_shard_size, flags=re.IGNORECASE):
             raise InputError(f"--max-shard-size is a size such as 5GB or 500MB, not {self.max_shard_size!r}")
         policy = policy_of(self.shape)
@@ -325,8 +321,6 @@ class Config:
             raise InputError(f"--method flap adds biases, which --shape {policy} has no place for; use --shape ragged")
         if self.refit_tokens is not None and self.refit_tokens < self.seq_len:
             raise InputError(f"--refit-tokens must be at least one sequence of {self.seq_len}, not {self.refit_tokens}")
-        if self.recover_lr is not None and self.recover_lr <= 0:
-            raise InputError(f"--recover-lr must be above 0, not {self.recover_lr}")
         if self.measure_every < 0:
             raise InputError(f"--measure-every must be at least 0, not {self.measure_every}")
         self._check_learns_nothing()
@@ -343,6 +337,11 @@ class Config:
             raise InputError(f"--no-binarise is a setting of learning, and --method {self.method} learns nothing")
         if self.method == "sensitivity" and self.recipe == "paper":
             raise InputError("--recipe paper measures no sensitivity, so --method sensitivity contradicts it")
+
+    @property
+    def by_sparsity(self) -> bool:
+        """Whether a share of the units is asked for, which may be that of each kind."""
+        return self.sparsity is not None or (self.sweep is not None and "=" not in self.sweep)
 
     @property
     def scored_rows(self) -> int:
@@ -366,7 +365,7 @@ class Config:
             per = "expert"
         elif self.method in EQUAL_WIDTHS and not (self.budget and self.method in WHOLE_EXPERTS):
             per = "layer"
-        elif recipe.name == "paper" and self.method not in (*ONE_SHOT, "grasprune") and self.sparsity is not None:
+        elif recipe.name == "paper" and self.method not in (*ONE_SHOT, "grasprune") and self.by_sparsity:
             per = "kind"
         return replace(self, per=self.per or per, learning=recipe)
 

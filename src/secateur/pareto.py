@@ -10,6 +10,7 @@ from math import exp
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -91,7 +92,7 @@ def _placed(rows: Sequence[tuple[SizeCost, Plan]]) -> list[SizeCost]:
     found = []
     for number, (size, plan) in enumerate(rows):
         larger = rows[number - 1][1] if number else plan
-        lies_in = all(set(index.tolist()) <= set(larger.kept[name].tolist()) for name, index in plan.kept.items())
+        lies_in = all(bool(torch.isin(index, larger.kept[name]).all()) for name, index in plan.kept.items())
         beaten = any(
             other.loss <= size.loss and other.parameters <= size.parameters
             and (other.loss, other.parameters) != (size.loss, size.parameters) for other, _ in rows

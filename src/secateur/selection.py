@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from secateur.files import InputError
 from secateur.policy import policy_of
-from secateur.wanted import read_sweep
+from secateur.wanted import read_pick, read_sweep
 
 if TYPE_CHECKING:
     from secateur.config import Config
@@ -46,6 +46,8 @@ def _check_sources(c: "Config", scored_once: bool) -> None:
         if c.pick is not None:
             raise InputError(f"--pick {c.pick} chooses among the sizes of a --sweep: say which, e.g. --sweep 0.1:0.6")
         return
+    if c.pick is not None:
+        read_pick(c.pick)
     if c.gates is not None:
         raise InputError("--sweep learns from the unpruned model, so --gates contradicts it")
     if scored_once or c.method == "grasprune":

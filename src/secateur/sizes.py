@@ -30,6 +30,10 @@ def size_name(config: Config) -> str:
     return ",".join([*asked, *config.budget])
 
 
+def _asked(run: Run) -> tuple[float | None, tuple[str, ...]]:
+    return run.config.sparsity, run.config.budget
+
+
 def sizes_of(run: Run) -> list[Run]:
     """The sizes of a run that have gates."""
     return [open_run(path.parent) for path in sorted(run.sizes.glob("*/gates.safetensors"))]
@@ -41,10 +45,7 @@ def plan_size(
     """Plans another size of a run; the session on it. Raises InputError where it is the run's own, or not possible."""
     run = session.run
     size = size_run(run, sparsity, budget, shape)
-    if run.config.sweep is None and (size.config.sparsity, size.config.budget) == (
-        run.config.sparsity,
-        run.config.budget,
-    ):
+    if run.config.sweep is None and _asked(size) == _asked(run):
         raise InputError(f"{size_name(size.config)} is the run's own size: `secateur export {run.folder}` writes it")
     inside = session_on(session, size)
     gates = _gates_for(inside, session)
@@ -103,7 +104,7 @@ def _gates_for(inside: Session, session: Session) -> Gates:
     swept = swept_gates(session)
     if not swept:
         return load_gates(run.gates, groups, session.architecture)
-    own = [gates for gates in swept if gates.asked == (inside.config.sparsity, inside.config.budget)]
+    own = [gates for gates in swept if gates.asked == _asked(inside.run)]
     if own:
         return own[0]
     limits = budget_of(inside)
@@ -127,6 +128,6 @@ def swept_gates(session: Session) -> list[Gates]:
     number = read_json(run.sweep, f"secateur learn {run.folder} --sweep")["number"]
     for size in sizes_of(run):
         gates = load_gates(size.gates, groups, session.architecture)
-        if gates.about.get("sweep") == number and gates.asked == (size.config.sparsity, size.config.budget):
+        if gates.about.get("sweep") == number and gates.asked == _asked(size):
             found.append(gates)
     return found
