@@ -315,6 +315,8 @@ def test_a_sweep_that_picks_exports_verifies_and_evaluates_what_it_picks(dense, 
     folder = run / "sizes" / best
     assert "sizes, from the largest to the smallest" in said and "perplexity" in said
     assert json.loads((folder / "verify.json").read_text())["passed"] and (folder / "eval.json").exists()
+    steps = about(folder)["steps"]
+    assert f"- tokens: {steps} steps × 2 × 16 = {steps * 32}" in (folder / "model" / "README.md").read_text()
     assert not any((run / "sizes" / n / "model").exists() for n in {"0.2", "0.4", "0.6"} - {best})
     assert secateur("prune", "--resume", run) == 0
 

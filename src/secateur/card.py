@@ -197,12 +197,15 @@ def model_card(
     kinds: Collection[str] = ("heads", "channels"),
     own_code: bool = False,
     stock: bool = False,
+    steps: int | None = None,
 ) -> str:
     """README.md of the exported checkpoint: what was done, with which data, and the figures as far as known.
 
     `updates` is what was done to its weights after pruning (updates.py), `kinds` what its units are.
     `own_code`: transformers lacks the model, whose file is in the checkpoint. `stock`: its widths turned out equal.
+    `steps`: that its gates were learned in, if not those of the settings: sizes of a sweep share these.
     """
+    steps = config.steps if steps is None else steps
     policy = policy_of(shape)
     ragged = not (policy.uniform or stock)
     recipe = config.learning
@@ -235,8 +238,8 @@ def model_card(
     else:
         lines += [
             f"- calibration data: {public_name(config.data)}",
-            f"- tokens: {config.steps} steps × {config.batch_size} × {config.seq_len} = "
-            f"{config.steps * config.batch_size * config.seq_len:,}",
+            f"- tokens: {steps} steps × {config.batch_size} × {config.seq_len} = "
+            f"{steps * config.batch_size * config.seq_len:,}",
             f"- recipe: `{recipe.name}`, method `{config.method}`, one budget per {config.per}, distillation weight "
             f"{recipe.kd_weight:g}, seed {config.seed}",
         ]

@@ -153,6 +153,12 @@ class Session:
         """Fingerprint of the dense model's weights."""
         return weights_fingerprint(self.loaded.model)
 
+    @property
+    def learned_steps(self) -> int:
+        """Learning steps behind the gates of a run: of a size of a sweep, those of the sizes before, too."""
+        gates = load_gates(self.run.gates, self.loaded.description.groups, self.architecture)
+        return int(gates.about["steps"] if "sweep" in gates.about else self.config.steps)
+
     @cached_property
     def given(self) -> Gates | None:
         """The gates that `--gates` names, checked."""

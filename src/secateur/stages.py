@@ -23,7 +23,7 @@ from secateur.families import FAMILIES
 from secateur.files import InputError, read_json, write_json, write_text
 from secateur.gates import Gates, load_gates, save_gates
 from secateur.learn import learn
-from secateur.load import Loaded, read_export
+from secateur.load import read_export
 from secateur.methods import budget_of, find_gates
 from secateur.overlap import overlap
 from secateur.plan import Plan, Rounding, load_plan, save_plan
@@ -50,8 +50,7 @@ class VerificationFailed(RuntimeError):
 
 def learn_stage(session: Session) -> Gates:
     """Learns or scores the gates: RUN/gates.safetensors, metrics.jsonl a line a learning step."""
-    # Loaded before the clock runs, and what may be refused first.
-    run, limits, _known = session.run, budget_of(session), (session.given, session.blocks)
+    run, limits, _known = session.run, budget_of(session), (session.given, session.blocks)  # before the clock runs
     with session.timed("learn"):
         gates = find_gates(session, limits)
     run.plan.unlink(missing_ok=True)  # a plan of earlier gates
@@ -114,7 +113,7 @@ def _export(session: Session, shape: str | None) -> None:
             loaded.description,
             plan,
             run.model,
-            card=lambda stock: model_card(c, plan.shape, rounding, None, None, (), *_about(loaded, stock)),
+            card=lambda stock: model_card(c, plan.shape, rounding, None, None, (), *_about(session, stock)),
             max_shard_size=c.max_shard_size,
             dtype=loaded.checkpoint_dtype,
             base_model=public_name(c.model),
@@ -128,9 +127,10 @@ def _is_stock(run: Run) -> bool:
     return "per_layer_config" not in read_json(run.model / "config.json", f"secateur export {run.folder}")
 
 
-def _about(loaded: Loaded, stock: bool) -> tuple[frozenset[str], bool, bool]:
-    """What the card says of the model: the kinds of its units, whether its code travels, whether it is stock."""
-    return loaded.description.kinds, loaded.model.config.model_type in FAMILIES, stock
+def _about(session: Session, stock: bool) -> tuple[frozenset[str], bool, bool, int]:
+    """What the card says of the model: the kinds of its units, whether its code travels, whether it is stock; steps."""
+    loaded = session.loaded
+    return loaded.description.kinds, loaded.model.config.model_type in FAMILIES, stock, session.learned_steps
 
 
 def checked_export(run: Run) -> Path:
@@ -302,7 +302,7 @@ def _update(session: Session, tensors: Mapping[str, torch.Tensor], update: str) 
     """Puts other weights into the export, and says so in its card; figures of the earlier weights go."""
     run, (plan, rounding) = session.run, _planned(session)
     updates = [*updates_of(run.model), update]
-    about = _about(session.loaded, _is_stock(run))
+    about = _about(session, _is_stock(run))
     card = model_card(session.config, plan.shape, rounding, None, None, updates, *about)
     rewrite_weights(run.model, tensors, update, {"README.md": card})
     for stale in (run.eval, *run.converted()):
@@ -345,7 +345,7 @@ def eval_stage(session: Session) -> dict[str, Any]:
     results["seconds"] = read_json(run.timings, "secateur prune")
     write_json(run.eval, results)
     verified = read_json(run.verify, f"secateur verify {run.folder}") if run.verify.exists() else None
-    about = _about(loaded, _is_stock(run))
+    about = _about(session, _is_stock(run))
     card = model_card(c, plan.shape, rounding, results, verified, results["updates"], *about)
     write_text(run.model / "README.md", card)
     return results
