@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from secateur import learn as learning
 from secateur import vocabulary
 from secateur.budget import make_budget
-from secateur.config import RECIPES
 from secateur.load import autocast, load
+from secateur.recipes import RECIPES
 
 WAYS = ("chunks", "at once", "by the book")
 

@@ -13,9 +13,9 @@ import time
 import torch
 
 from secateur.budget import make_budget
-from secateur.config import RECIPES
 from secateur.learn import learn
 from secateur.load import load
+from secateur.recipes import RECIPES
 
 
 def main() -> None:

@@ -9,12 +9,13 @@ import torch
 from runs import complaint, prune_arguments, random_tokens, same_gates, secateur, small_llama, write_checkpoint
 from secateur.budget import make_budget
 from secateur.cli import _parse
-from secateur.config import Config, auto_recipe, load_config, save_config
+from secateur.config import Config, load_config, save_config
 from secateur.costs import bounds_of
 from secateur.describe import describe
 from secateur.files import InputError
 from secateur.importance import ONE_SHOT
 from secateur.learn import learn
+from secateur.recipes import auto_recipe
 from secateur.stages import open_session, plan_stage
 from secateur.wanted import read_budgets
 from test_budgets import counted

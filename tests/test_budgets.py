@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from secateur.budget import figures, largest_that_fits, make_budget
-from secateur.config import auto_recipe, paper_recipe, tie_of
 from secateur.costs import bounds_of
 from secateur.describe import describe
 from secateur.export import export
@@ -22,6 +21,7 @@ from secateur.objective import lagrangian
 from secateur.optimise import Optimiser
 from secateur.plan import make_plan
 from secateur.policy import policy_of
+from secateur.recipes import auto_recipe, paper_recipe, tie_of
 from secateur.units import Size
 from secateur.wanted import read_budgets
 from test_families import ONE_GROUP

@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from runs import complaint, leftovers, prune_arguments, same_gates, secateur
-from secateur import __version__, planning, stages
+from secateur import __version__, passes, planning, stages
 from secateur import export as exporting
 from secateur import gates as gating
 from secateur import learn as learning
@@ -198,7 +198,7 @@ def test_metrics_survive_an_interruption_before_the_first_resumed_step(monkeypat
     run = tmp_path / "run"
     for moment in ("step 7", "before a step"):
         with monkeypatch.context() as patched:
-            patched.setattr(*INTERRUPTIONS.get(moment, (learning, "distillation_loss", send(signal.SIGINT))))
+            patched.setattr(*INTERRUPTIONS.get(moment, (passes, "distillation_loss", send(signal.SIGINT))))
             arguments = ("prune", "--resume", run) if run.exists() else prune_arguments(dense, text, run)
             assert secateur(*arguments) == 130
     assert secateur("prune", "--resume", run) == 0

@@ -8,12 +8,12 @@ import torch
 
 from runs import complaint, described, prune_arguments, random_tokens, same_gates, secateur, small_llama
 from secateur.attach import attached
-from secateur.config import auto_recipe
 from secateur.data import Blocks, fingerprint
 from secateur.files import InputError
 from secateur.gates import by_group
 from secateur.guard import MOST, RANGE_IN, Guard, Multipliers, read_guards
 from secateur.learn import learn
+from secateur.recipes import auto_recipe
 
 STEPS = 20
 

@@ -7,8 +7,8 @@ from safetensors.torch import load_file
 from runs import described, random_tokens, small_llama
 from secateur import learn as learning
 from secateur.budget import largest_that_fits
-from secateur.config import auto_recipe, paper_recipe
 from secateur.learn import LearningDiverged, learn
+from secateur.recipes import auto_recipe, paper_recipe
 
 STEPS = 12
 FIXED_AT = STEPS - int(auto_recipe(STEPS).settle * STEPS)

@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM
 
 from runs import complaint, gates_of, prune_arguments, same_gates, secateur, write_checkpoint, write_texts
 from secateur import importance
-from secateur.config import EQUAL_WIDTHS, OF_EXPERTS, ONE_SHOT, Method
 from secateur.progress import Screen
+from secateur.recipes import EQUAL_WIDTHS, OF_EXPERTS, ONE_SHOT, Method
 from secateur.relaxation import RELAXATIONS
 
 METHODS = tuple(m for m in get_args(Method) if m not in OF_EXPERTS)
-ADDED = ("value.", "mean.")
+ADDED = ("value.", "mean.", "order.", "sensitivity.")
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ from runs import SIZES, complaint, prune_arguments, random_tokens, secateur, sma
 from secateur import refit as refitting
 from secateur.attach import attached
 from secateur.budget import everything, largest_that_fits, make_budget
-from secateur.config import auto_recipe
 from secateur.describe import describe
 from secateur.experts import inside_experts
 from secateur.export import export
@@ -24,6 +23,7 @@ from secateur.inspection import LENGTH, routing
 from secateur.learn import learn, unseen
 from secateur.optimise import Optimiser
 from secateur.planning import compare_shapes
+from secateur.recipes import auto_recipe
 from secateur.refit import normal_equations, refit
 from secateur.sensitivity import drawn, gate_sensitivity
 from secateur.stages import open_session

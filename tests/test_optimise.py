@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from secateur.budget import Budget, largest_that_fits
-from secateur.config import auto_recipe, paper_recipe
 from secateur.optimise import Optimiser
+from secateur.recipes import auto_recipe, paper_recipe
 from secateur.relaxation import LOWEST
 
 UNITS = 400

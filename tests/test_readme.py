@@ -12,9 +12,7 @@ from secateur.cli import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMAND_LINES = sorted(
-    set(re.findall(r"secateur (?:prune|inspect|learn|plan|export|verify|refit|recover|eval|bench)\b[^\n`|]*", README))
-)
+COMMAND_LINES = sorted(set(re.findall(rf"secateur (?:{'|'.join(COMMANDS)})\b[^\n`|]*", README)))
 
 
 @pytest.mark.parametrize("line", COMMAND_LINES)

@@ -9,10 +9,10 @@ import torch
 
 from runs import described, random_tokens, small_llama
 from secateur.budget import largest_that_fits
-from secateur.config import auto_recipe, paper_recipe, recipe_of
 from secateur.learn import learn
 from secateur.objective import forward_gate, retention_score
 from secateur.optimise import Optimiser
+from secateur.recipes import auto_recipe, paper_recipe, recipe_of
 from secateur.relaxation import (
     BETA,
     RELAXATIONS,

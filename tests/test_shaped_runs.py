@@ -14,7 +14,6 @@ from rich.console import Console
 from runs import gates_of as gates_file
 from runs import prune_arguments, secateur, small_llama, small_tokenizer
 from secateur.budget import largest_that_fits
-from secateur.config import auto_recipe
 from secateur.describe import describe
 from secateur.files import InputError
 from secateur.gates import Gates, by_group
@@ -24,6 +23,7 @@ from secateur.optimise import Optimiser
 from secateur.plan import make_plan
 from secateur.planning import compare_shapes, shapes_table
 from secateur.policy import permitted
+from secateur.recipes import auto_recipe
 from secateur.relaxation import RELAXATIONS
 from secateur.stages import open_session
 from test_mixtures import small_mixture

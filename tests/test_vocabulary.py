@@ -14,7 +14,6 @@ from runs import described, random_tokens, small_llama
 from secateur import vocabulary
 from secateur.attach import attached
 from secateur.budget import make_budget
-from secateur.config import auto_recipe
 from secateur.describe import describe
 from secateur.evaluate import mean_loss
 from secateur.gates import by_group
@@ -22,6 +21,7 @@ from secateur.importance import taylor_vector
 from secateur.learn import learn
 from secateur.load import autocast
 from secateur.objective import distillation_loss
+from secateur.recipes import auto_recipe
 from secateur.recover import Recovery, recover
 from secateur.vocabulary import Head, Vocabulary
 from test_families import MIXTURES, PARTLY, VARIANTS, WHOLE, build

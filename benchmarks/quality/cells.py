@@ -8,7 +8,8 @@ from dataclasses import dataclass, fields, replace
 from itertools import product
 from typing import Any
 
-from secateur.config import OF_EXPERTS, ONE_SHOT, Config
+from secateur.config import Config
+from secateur.recipes import OF_EXPERTS, ONE_SHOT
 
 BATCH_SIZE, SEQ_LEN = 2, 256
 """512 tokens a step: what two cores do in a few seconds."""

@@ -18,11 +18,11 @@ from lm_eval.api.metrics import mean_stderr
 from lm_eval.evaluator import evaluate
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.config import ONE_SHOT
 from secateur.evaluate import mean_loss, perplexity, windows
 from secateur.files import InputError
 from secateur.load import autocast
 from secateur.plan import load_plan
+from secateur.recipes import ONE_SHOT
 from secateur.session import Session
 from secateur.tasks import LOGITS_AT_ONCE, Model, Tasks, load_tasks, seeded
 from secateur.text import evaluation_text

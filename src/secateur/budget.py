@@ -13,13 +13,13 @@ from math import floor, prod
 
 import torch
 
-from secateur.config import Tie
 from secateur.costs import Bound, stored_when_empty, widths_within
 from secateur.describe import Description
 from secateur.files import InputError
 from secateur.knapsack import fitting, in_turn, prices
 from secateur.nested import Pair, path
 from secateur.policy import RAGGED, Policy, nearest, permitted, permitted_pairs
+from secateur.recipes import Tie
 from secateur.units import FEWEST_EXPERTS, Group, Shapes, Size, sliced_shapes, unit_params, whole
 from secateur.widths import equal_or_checked
 
@@ -230,15 +230,16 @@ def everything(groups: Sequence[Group]) -> Budget:
     return Budget(("all units",), torch.zeros_like(ones_N), ones_N, torch.tensor([count]))
 
 
-def largest_that_fits(rank_N: torch.Tensor, limits: Budget) -> torch.Tensor:
+def largest_that_fits(rank_N: torch.Tensor, limits: Budget, in_order: bool = False) -> torch.Tensor:
     """The kept set, a mask of shape (N,): units by falling rank as long as they fit, then smaller ones that do.
 
     Where units go together, by their mean rank, weighted by parameters: ranks stand for what a parameter is worth.
+    `in_order`: nothing after the first that does not fit, so that a smaller budget keeps a subset.
     """
     rank_N, device = rank_N.detach().cpu(), rank_N.device
     params_N, constraint_N = limits.params_N.cpu(), limits.constraint_N.cpu()
     if not (limits.rows or limits.pairs or limits.bounds):
-        return _fitting(rank_N, params_N, constraint_N, limits.allowed_C).to(device)
+        return _fitting(rank_N, params_N, constraint_N, limits.allowed_C, None, in_order).to(device)
     owner_N, chain_N = _tied(rank_N, limits)
     has_N = owner_N >= 0
     if not has_N.any():
@@ -254,9 +255,9 @@ def largest_that_fits(rank_N: torch.Tensor, limits: Budget) -> torch.Tensor:
     if limits.bounds:
         chains, group_G = _chains(owner_N, limits)
         chain_O.index_copy_(0, owner_M, group_G[limits.group_N.cpu()[has_N]])
-        kept_O = fitting(rank_O, chain_O, chains, limits.bounds)
+        kept_O = fitting(rank_O, chain_O, chains, limits.bounds, in_order)
     else:
-        kept_O = _fitting(rank_O, params_O, constraint_O, limits.allowed_C, chain_O)
+        kept_O = _fitting(rank_O, params_O, constraint_O, limits.allowed_C, chain_O, in_order)
     return (kept_O[owner_N] & has_N).to(device)
 
 
@@ -265,22 +266,21 @@ def _fitting(
     params_N: torch.Tensor,
     constraint_N: torch.Tensor,
     allowed_C: torch.Tensor,
-    chain_N: torch.Tensor | None = None,
+    chain_N: torch.Tensor | None,
+    in_order: bool,
 ) -> torch.Tensor:
-    """By falling rank what fits, a mask; of a chain (−1: none), nothing after what does not."""
+    """By falling rank what fits, a mask; of a chain (−1: none), `in_order` of all, nothing after what does not."""
     kept_N = torch.zeros(len(rank_N), dtype=torch.bool)
     ranked = rank_N.argsort(descending=True, stable=True)
     for constraint, allowed in enumerate(allowed_C.tolist()):
         waiting = ranked[constraint_N[ranked] == constraint]
         while len(waiting):
-            fits = params_N[waiting] <= allowed
-            if chain_N is not None:
-                fits = in_turn(fits, chain_N[waiting])
-            waiting = waiting[fits]
+            fits = (params_N[waiting] <= allowed) | in_order
+            waiting = waiting[fits if chain_N is None else in_turn(fits, chain_N[waiting])]
             taken = params_N[waiting].cumsum(0) <= allowed
             kept_N[waiting[taken]] = True
             allowed -= int(params_N[waiting[taken]].sum())
-            waiting = waiting[~taken]
+            waiting = waiting[:0] if in_order else waiting[~taken]
     return kept_N
 
 

@@ -8,9 +8,10 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from secateur.config import ONE_SHOT, Config
+from secateur.config import Config
 from secateur.plan import COSTLY, Rounding
 from secateur.policy import policy_of
+from secateur.recipes import ONE_SHOT
 from secateur.run import Run
 
 PAPER = "Deterministic Differentiable Structured Pruning for Large Language Models (arXiv 2603.08065)"
@@ -135,9 +136,11 @@ def warnings(results: Mapping[str, Any]) -> list[str]:
     before, after, _opened, _when = _last_step(results)
     found = []
     if after - before > COSTLY:
+        remedy = "more steps, or the default recipe, arrive closer by themselves"
+        if results.get("other_size"):
+            remedy = "they were learned for another size, and `secateur prune MODEL --gates FILE --steps N` tunes them"
         found.append(
-            f"holding the gates to the budget raised the held-out loss by {after - before:.3f} nats a token; more "
-            "steps, or the default recipe, arrive closer by themselves"
+            f"holding the gates to the budget raised the held-out loss by {after - before:.3f} nats a token; {remedy}"
         )
     found += _guard_warnings(results.get("guards", ()))
     return found + _overlap_warnings(results.get("overlap")) + _task_warnings(results.get("tasks", {}))
@@ -215,12 +218,15 @@ def model_card(
     kinds: Collection[str] = ("heads", "channels"),
     own_code: bool = False,
     stock: bool = False,
+    steps: int | None = None,
 ) -> str:
     """README.md of the exported checkpoint: what was done, with which data, and the figures as far as known.
 
     `updates` is what was done to its weights after pruning (updates.py), `kinds` what its units are.
     `own_code`: transformers lacks the model, whose file is in the checkpoint. `stock`: its widths turned out equal.
+    `steps`: that its gates were learned in, if not those of the settings: sizes of a sweep share these.
     """
+    steps = config.steps if steps is None else steps
     policy = policy_of(shape)
     ragged = not (policy.uniform or stock)
     recipe = config.learning
@@ -253,11 +259,13 @@ def model_card(
     else:
         lines += [
             f"- calibration data: {public_name(config.data)}",
-            f"- tokens: {config.steps} steps × {config.batch_size} × {config.seq_len} = "
-            f"{config.steps * config.batch_size * config.seq_len:,}",
+            f"- tokens: {steps} steps × {config.batch_size} × {config.seq_len} = "
+            f"{steps * config.batch_size * config.seq_len:,}",
             f"- recipe: `{recipe.name}`, method `{config.method}`, one budget per {config.per}, distillation weight "
             f"{recipe.kd_weight:g}, seed {config.seed}",
         ]
+        if config.gates is not None:
+            lines.append(f"- gates: of another run, {'their values tuned so' if config.steps else 'as they were'}")
     if results is not None:
         lines += [f"- {arrival(results)}"]
     lines.append("")

@@ -3,7 +3,6 @@
 Help texts are the docstrings of the dataclasses' fields. `Config` serves `prune`; the stages read it from RUN.
 """
 
-import argparse
 import os
 import signal
 import sys
@@ -17,9 +16,10 @@ from rich.console import Console
 from safetensors import SafetensorError
 
 from secateur import __version__
-from secateur.config import LEARNING_FIELDS, AnyShape, Config, load_config
+from secateur.config import Config
 from secateur.files import InputError
 from secateur.measure import Bench
+from secateur.options import Export, Learn, Plan, Prune, Sizes, parse_prune
 
 if TYPE_CHECKING:
     from secateur.run import Run
@@ -32,22 +32,6 @@ errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 @dataclass
-class Prune(Config):
-    """Prune a model: learn gates, remove what they close, export, verify and evaluate the smaller model.
-
-    Example: secateur prune HuggingFaceTB/SmolLM2-135M --sparsity 0.2 --data texts/ --out runs/smol --steps 300
-    """
-
-    config: Path | None = None
-    """Take all settings from this file (RUN/config.yaml repeats a run); options given beside it win."""
-    resume: Path | None = None
-    """Go on with an interrupted run in this folder; its own settings apply."""
-
-    def __post_init__(self) -> None:
-        """Leaves it to `prune` to make a Config of these: there its errors are one line, not a box of the parser's."""
-
-
-@dataclass
 class Inspect:
     """List what can be pruned in a model, and what is refused and why. Reads no weights, but for `--data`."""
 
@@ -57,43 +41,6 @@ class Inspect:
     """Text, as for `prune`: count which experts of a mixture its tokens are sent to."""
     trust_remote_code: bool = False
     """Run modelling code that comes with the checkpoint."""
-
-
-@dataclass
-class Learn:
-    """Learn the gates of a run again, from its settings and data: gates.safetensors, metrics.jsonl."""
-
-    run: tyro.conf.Positional[Path]
-    """Folder of the run."""
-
-
-@dataclass
-class Plan:
-    """Round the learned gates to the budget: plan.json."""
-
-    run: tyro.conf.Positional[Path]
-    """Folder of the run."""
-    shape: AnyShape = None
-    """Widths of the export, as for `prune` (default: the run's); says what they cost beside ragged ones."""
-    compare: bool = False
-    """Say what each usual shape, and `--shape`, would cost in loss and save in bytes and FLOPs, and write nothing."""
-
-
-@dataclass
-class Export:
-    """Write the pruned checkpoint, RUN/model. With --shape, plan anew for that shape first."""
-
-    run: tyro.conf.Positional[Path]
-    """Folder of the run."""
-    shape: AnyShape = None
-    """Widths of the export, as for `prune` (default: the plan's)."""
-    low_memory: bool = False
-    """Leave the dense weights on disk and cut one after the other: for models larger than memory. Takes a second copy
-    of them in the run folder meanwhile. Memory: a few times the largest weight, and a shard (`--max-shard-size`)."""
-    format: Literal["hf", "gguf"] = "hf"
-    """`hf`: the checkpoint itself; `gguf`: what is there, else made, in one file, RUN/model-TYPE.gguf."""
-    gguf_type: Literal["f32", "f16", "q8_0"] = "f16"
-    """Type of the matrices in a GGUF file; norms stay f32."""
 
 
 @dataclass
@@ -175,7 +122,16 @@ def prune(options: Prune) -> None:
         run = open_run(options.resume)
     else:
         run = new_run(Config(**{f.name: getattr(options, f.name) for f in fields(Config)}))
-    _print(run, _staged(run, "remaining_stages"))
+    results = _staged(run, "remaining_stages")
+    if run.config.sweep is None:
+        return _print(run, results)
+    from secateur.pareto import show
+
+    show(console, results, run.folder / "sizes.png")
+    if "picked" in results:
+        return _print(_open(run.sizes / results["picked"]), results["results"])
+    again = f"secateur export {run.folder}"
+    return console.print(f"to write one: `{again} --sparsity 0.3`, or `{again} --pick 'loss<=1.05'`", markup=False)
 
 
 def inspect(options: Inspect) -> None:
@@ -197,15 +153,28 @@ def inspect(options: Inspect) -> None:
 
 def learn(options: Learn) -> None:
     """`secateur learn`."""
-    _staged(_open(options.run), "learn_stage")
+    run = _open(options.run, sweeps=True)
+    if options.sweep is not None:
+        run = replace(run, config=replace(run.config, sparsity=None, sweep=options.sweep))
+    if run.config.sweep is None:
+        _staged(run, "learn_stage")
+        return
+    from secateur.sweep import learn_sizes
+
+    _staged(run, learn_sizes)
+    console.print(f"compare them with `secateur sizes {run.folder}`", markup=False, soft_wrap=True)
 
 
 def plan(options: Plan) -> None:
     """`secateur plan`."""
     from secateur.planning import said, show
+    from secateur.sizes import plan_size
 
     if options.compare:
         return show(console, *_staged(_open(options.run), "compare_shapes", shape=options.shape))
+    if asked := _asked(options):
+        size, rounding = _staged(_open(options.run, sweeps=True), plan_size, shape=options.shape, **asked)
+        return console.print(f"{said(rounding)}\nwrote {size.run.plan}", markup=False, soft_wrap=True)
     rounding, beside = _staged(_open(options.run), "plan_beside_ragged", shape=options.shape)
     console.print(said(rounding))
     if beside is not None:
@@ -215,7 +184,24 @@ def plan(options: Plan) -> None:
 
 def export(options: Export) -> None:
     """`secateur export`."""
-    run = _open(options.run)
+    asked = _asked(options)
+    run = _open(options.run, sweeps=bool(asked or options.pick))
+    if options.pick is not None:
+        from secateur.pareto import compare_sizes, picked
+
+        if asked:
+            raise InputError(f"--pick {options.pick} says a size, so another one contradicts it")
+        size = picked(_staged(run, compare_sizes), options.pick)
+        console.print(f"picked {size['name']}: loss × {size['shares']['loss']:.3f}", markup=False)
+        run = _open(Path(size["folder"]))
+    if asked:
+        from secateur.sizes import export_size
+
+        run = _staged(run, export_size, shape=options.shape, low_memory=options.low_memory, **asked)
+        console.print(f"wrote {run.model}; go on with `secateur verify {run.folder}`", markup=False, soft_wrap=True)
+        if options.format == "hf":
+            return None
+        options = replace(options, shape=None)
     if options.format == "gguf":
         from secateur.equivalence import gguf_stage
 
@@ -224,6 +210,14 @@ def export(options: Export) -> None:
         return console.print(f"wrote {path} ({written})", markup=False, soft_wrap=True)
     _staged(run, "export_stage", shape=options.shape, low_memory=options.low_memory)
     return console.print(f"wrote {run.model}", markup=False, soft_wrap=True)
+
+
+def sizes(options: Sizes) -> None:
+    """`secateur sizes`."""
+    from secateur.pareto import compare_sizes, show
+
+    run = _open(options.run, sweeps=True)
+    show(console, _staged(run, compare_sizes), run.folder / "sizes.png")
 
 
 def verify(options: Verify) -> None:
@@ -272,6 +266,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "learn": (Learn, learn),
     "plan": (Plan, plan),
     "export": (Export, export),
+    "sizes": (Sizes, sizes),
     "verify": (Verify, verify),
     "refit": (Refit, refit),
     "recover": (Recover, recover),
@@ -283,10 +278,14 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
 # --- what they share -------------------------------------------------------------------------------------------------
 
 
-def _open(folder: Path) -> "Run":
+def _open(folder: Path, sweeps: bool = False) -> "Run":
     from secateur.run import open_run
 
-    return open_run(folder)
+    run = open_run(folder)
+    if run.config.sweep is not None and not sweeps:
+        found = ", ".join(sorted(path.parent.name for path in run.sizes.glob("*/gates.safetensors"))) or "not there yet"
+        raise InputError(f"{folder} is a sweep over sizes ({found}), each a run of its own: say {run.sizes}/SIZE")
+    return run
 
 
 def _open_with(options: Any) -> "Run":
@@ -294,6 +293,12 @@ def _open_with(options: Any) -> "Run":
     run = _open(options.run)
     own = {name: value for name, value in vars(options).items() if name != "run" and value not in (None, ())}
     return replace(run, config=replace(run.config, **own))
+
+
+def _asked(options: Plan | Export) -> dict[str, Any]:
+    """The other size that is asked for, if one is."""
+    asked = {"sparsity": options.sparsity, "budget": options.budget}
+    return asked if options.sparsity is not None or options.budget else {}
 
 
 def _staged(run: "Run", stage: str | Callable[..., Any], **options: Any) -> Any:
@@ -322,29 +327,9 @@ def _print(run: "Run", results: dict[str, Any]) -> None:
     print_results(console, run, results)
 
 
-def _defaults(arguments: Sequence[str]) -> Prune | None:
-    """The settings that `--config` or `--resume` bring, as defaults for the other options of `prune`."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", type=Path)
-    parser.add_argument("--resume", type=Path)
-    given, _ = parser.parse_known_args(arguments)
-    path = given.config if given.config is not None else given.resume and given.resume / "config.yaml"
-    return None if path is None else Prune(**vars(load_config(path)), config=given.config, resume=given.resume)
-
-
 def _parse(name: str, arguments: Sequence[str]) -> Any:
     kind = COMMANDS[name][0]
-    default = _defaults(arguments) if kind is Prune else None
-    if default is None:
-        return tyro.cli(kind, args=arguments, prog=f"secateur {name}")
-    options = tyro.cli(kind, args=arguments, prog=f"secateur {name}", default=replace(default, budget=()))
-    options.budget = options.budget or default.budget
-    if any(getattr(options, f) != getattr(default, f) for f in LEARNING_FIELDS):
-        options.learning = None
-    scoped = ("shape", "recipe", "method")
-    if any(getattr(options, f) != getattr(default, f) for f in scoped) and options.per == default.per:
-        options.per = None  # what the file holds is the default of the other shape, recipe or method
-    return options
+    return parse_prune(arguments) if kind is Prune else tyro.cli(kind, args=arguments, prog=f"secateur {name}")
 
 
 def _overview() -> None:

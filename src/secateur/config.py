@@ -1,7 +1,6 @@
 """Everything a run decides, in one dataclass: the source of `--help`, of RUN/config.yaml and of the docs.
 
-`Config` is what a user sets; `Recipe` is how the gates are learned, chosen by name (`--recipe`) and complete in itself,
-so that config.yaml repeats a run even if a later version changes the defaults.
+`Config` is what a user sets; how the gates are learned, its recipe, is in recipes.py.
 """
 
 import re
@@ -16,77 +15,9 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from secateur.files import InputError, write_text
 from secateur.guard import read_guards
 from secateur.policy import policy_of
+from secateur.recipes import EQUAL_WIDTHS, ONE_SHOT, WHOLE_EXPERTS, Method, Recipe, recipe_of
 from secateur.selection import AttentionUnit, Kind, check_selection, kept_words
 from secateur.wanted import what_is_asked
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Step sizes and schedules of the learning loop (method.md section 3). All rates decay along a cosine to zero."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
-
-    name: str
-    lr: float
-    """Step size of the gates z: about how far Adam moves a gate in a step."""
-    betas: tuple[float, float]
-    """Adam's averages of the gradient and of its square."""
-    warmup_steps: int
-    """Steps over which rates rise linearly from zero."""
-    kd_weight: float
-    """η, weight of the distillation term beside the cross-entropy."""
-    kd_temperature: float
-    """τ, temperature of the distillation term."""
-    init_noise: float
-    """Standard deviation of z around 1 at the start."""
-    mu_start: float
-    """μ_0, half the width of the retention score at the start."""
-    mu_end: float
-    """μ_T, the same at the end: the score is then nearly the indicator of z > 0."""
-    mu_power: float
-    """μ falls with this power of the time passed; the paper's is ½."""
-    dual_lr: tuple[float, float, float]
-    """Ascent rates of λ₁ (violation), λ₂ (its square) and λ₃ (undecided units)."""
-    dual_start: tuple[float, float, float]
-    """Initial λ₁, λ₂, λ₃."""
-    adam_duals: bool
-    """Adam ascends the duals (the released recipe); otherwise plain gradient ascent, in units of the loss gradient."""
-    sensitivity_batches: int
-    """Batches on which the loss sensitivity of every gate is measured first; it sets their step sizes and the start of
-    those that the budget has no room for. 0: all gates start at 1 and move alike, as in the paper."""
-    attention_weight: float
-    """How much more a head's sensitivity counts than a channel's: heads removed together hurt more than their sum."""
-    layer_balance: float
-    """How much the channels' sensitivities are evened out between layers, 0 to 1: units that go together from one layer
-    hurt more than their sum, so that sensitivity one by one takes too many from the same layers."""
-    start_outside: float
-    """z at the start of units that do not fit the budget by sensitivity."""
-    settle: float
-    """Share of the steps, at the end, in which the kept set is fixed and only gate values are learned."""
-
-
-def paper_recipe(steps: int) -> Recipe:
-    """The released recipe to the letter (method.md section 3), made for 1,000 steps of 16 × 2,048 tokens."""
-    return Recipe(
-        name="paper", lr=2e-2, betas=(0.9, 0.999), warmup_steps=min(100, steps), kd_weight=2.0, kd_temperature=1.0,
-        init_noise=0.01, mu_start=0.5, mu_end=0.1, mu_power=0.5, dual_lr=(2e-2, 4e-1, 2e-2),
-        dual_start=(0.0, 0.0, 0.0), adam_duals=True, sensitivity_batches=0, attention_weight=1.0,
-        layer_balance=0.0, start_outside=1.0,
-        settle=0.0,
-    )  # fmt: skip
-
-
-def auto_recipe(steps: int) -> Recipe:
-    """The default: the same method, with step sizes and schedules that fit any number of steps (docs/study.md)."""
-    return Recipe(
-        name="auto", lr=0.3 / steps**0.5, betas=(0.9, 0.99), warmup_steps=max(1, steps // 20), kd_weight=2.0,
-        kd_temperature=1.0, init_noise=0.0, mu_start=0.15, mu_end=0.05, mu_power=1.0,
-        dual_lr=(50.0 / steps, 50.0 / steps, 5.0 / steps), dual_start=(0.0, 5.0, 0.0), adam_duals=False,
-        sensitivity_batches=min(120, steps), attention_weight=1.5, layer_balance=0.3, start_outside=0.1, settle=0.5,
-    )  # fmt: skip
-
-
-RECIPES = {"auto": auto_recipe, "paper": paper_recipe}
 
 Scope = Literal["model", "kind", "layer", "expert"]
 
@@ -95,49 +26,8 @@ Shape = Annotated[str, _SAID]
 """Words that policy.py reads."""
 AnyShape = Annotated[str | None, _SAID]
 """The same where the option may be left out."""
-
-Tie = Literal["rows", "experts"]
-"""What of a mixture goes together: `rows`, the channels of the same rank in all experts of a layer, so that these stay
-equally wide; `experts`, all channels of an expert."""
-
-Method = Literal[
-    "deterministic", "hard-concrete", "hard-concrete-deterministic", "hard-concrete-expanded", "grasprune",
-    "sensitivity", "magnitude", "wanda-sp", "flap", "taylor-element", "taylor-vector", "frequency", "reap", "camera",
-]  # fmt: skip
-
-OF_EXPERTS = ("frequency", "reap", "camera")
-"""Methods that score experts only (importance_experts.py)."""
-
-ONE_SHOT = ("sensitivity", "magnitude", "wanda-sp", "flap", "taylor-element", "taylor-vector", *OF_EXPERTS)
-"""Methods that score the units once and learn nothing (importance.py)."""
-
-EQUAL_WIDTHS = ("magnitude", "wanda-sp", "taylor-element", "taylor-vector", *OF_EXPERTS)
-"""Methods whose papers remove the same share of every layer; FLAP's and GRASPrune's budgets are the model's."""
-
-
-WHOLE_EXPERTS = ("frequency", "reap")
-"""Methods that score experts, and remove these whole."""
-
-
-def tie_of(method: str, shape: str) -> Tie | None:
-    """What of a mixture goes together."""
-    if method in WHOLE_EXPERTS:
-        return "experts"
-    return None if policy_of(shape).form == "padded" else "rows"
-
-
-def recipe_of(method: str, name: str, steps: int, binarise: bool) -> Recipe:
-    """The recipe called `name`, with what a method's own paper changes in it (relaxation.py says why)."""
-    recipe = RECIPES[name](steps)
-    if method.startswith("hard-concrete"):
-        recipe = replace(recipe, mu_start=0.5, mu_end=0.5)
-    elif method == "grasprune":
-        recipe = replace(recipe, dual_lr=(0.0, 0.0, 0.0), dual_start=(0.0, 0.0, 0.0))
-        if name == "paper":
-            recipe = replace(recipe, lr=1e-2, betas=(0.9, 0.99), warmup_steps=1, kd_weight=0.0, settle=0.2)
-    if not binarise or method.startswith("hard-concrete"):
-        recipe = replace(recipe, dual_lr=(*recipe.dual_lr[:2], 0.0), dual_start=(*recipe.dual_start[:2], 0.0))
-    return recipe
+Words = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="KIND=VALUE")]
+"""Words that wanted.py reads."""
 
 
 @dataclass
@@ -150,13 +40,20 @@ class Config:
     """Local folder, hub id, or GGUF file of a causal language model."""
     sparsity: float | None = None
     """Share of the parameters that belong to units (heads, channels; see `--units`) to remove, between 0 and 1."""
-    budget: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="KIND=VALUE")] = ()
+    budget: Words = ()
     """What may be left, at most: a share of what the unpruned model has (`params=0.7`), or a figure (`params=90M`,
     `bytes=200MB`). Kinds: `units`, the parameters in units (units=0.7 is --sparsity 0.3); `params`, those that a token
     meets: of a mixture's experts as many as it is routed to; `total-params`, all that are stored, tied ones once;
     `flops` a token, without attention over the context; `kv`, bytes of KV cache a token; `bytes` of the weights, in the
     checkpoint's dtype. Say it several times for several budgets (`--budget params=0.7 --budget kv=0.5`): all are met,
     from below, and nothing that was removed would still fit."""
+    sweep: str | None = None
+    """Learn several sizes in one run, in the place of `--sparsity`: `0.1:0.6` (0.1 apart), `0.1:0.6:0.05`, `0.2,0.35`,
+    or shares to keep, `params=0.9:0.5`. Each goes on from the next larger one and lies in it, for a part of the steps,
+    and is a run of its own in RUN/sizes; `secateur sizes` compares them."""
+    pick: str | None = None
+    """Of a sweep, export the smallest size that is good enough: `loss<=1.05` (times the unpruned model's on held-out
+    text), `perplexity<=1.3`; or the best that is small enough: `params<=0.7`, `flops<=0.7`; or both, with commas."""
     method: Method = "deterministic"
     """How the units to keep are found. `deterministic` is the method of the paper; the others are baselines over the
     same units, budget and text. Gates are learned otherwise with `hard-concrete` (noise), `hard-concrete-deterministic`
@@ -177,6 +74,9 @@ class Config:
     keep: tuple[str, ...] = ()
     """Layers, or sublayers, that stay whole, with commas or spaces between: `layers.0,layers.-1` (from the end),
     `layers.3.mlp`, `layers.3.attention`. `--sparsity` is a share of all units still, and goes from the others."""
+    gates: Path | None = None
+    """Begin with gates of another run (its gates.safetensors), maybe of a sibling: a base model, a fine-tune. What is
+    kept, at any size, follows from them; `--steps` tunes their values, and 0 takes them as they are."""
     data: str = "self"
     """Calibration text: a file or folder (.txt, .jsonl, .parquet; .gz, .zst), a dataset on the hub, or `self` for text
     that the model itself writes."""
@@ -187,7 +87,7 @@ class Config:
     out: Path | None = None
     """Folder of the run; by default a new folder under runs/."""
     steps: int = 1000
-    """Learning steps. Steps × batch size × sequence length is the number of tokens spent."""
+    """Learning steps (with `--gates` also 0). Steps × batch size × sequence length is the number of tokens spent."""
     seq_len: int = 2048
     """Tokens a sequence."""
     batch_size: int = 4
@@ -278,13 +178,14 @@ class Config:
 
     def __post_init__(self) -> None:
         """Raises InputError for settings that are out of range or contradict each other."""
-        self.sparsity, self.budget = what_is_asked(self.sparsity, self.budget)
-        if self.per == "kind" and self.sparsity is None:
+        self.sparsity, self.budget = what_is_asked(self.sparsity, self.budget, self.sweep)
+        if self.per == "kind" and not self.by_sparsity:
             raise InputError("--per kind asks for the same share of every kind, so it needs --sparsity; leave it out")
         if self.method == "flap" and (said := [w for w in self.budget if w.startswith(("params", "total", "bytes"))]):
             raise InputError(f"--method flap adds biases, which --budget {said[0]} does not count; use flops or kv")
-        for name in ("steps", "batch_size", "epochs", "checkpoint_every"):
-            if getattr(self, name) < 1:
+        counts = ("batch_size", "epochs", "checkpoint_every", "refit_rounds", "recover_steps", "recover_rank")
+        for name in (*(() if self.gates and self.steps == 0 else ("steps",)), *counts):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
         for name in ("seq_len", "eval_length"):
             if getattr(self, name) < 2:
@@ -295,12 +196,11 @@ class Config:
             raise InputError(f"--task-limit must be at least 1 item, not {self.task_limit}")
         if self.held_out_tokens < self.seq_len:
             self.held_out_tokens = self.seq_len
-        if self.lr is not None and self.lr <= 0:
-            raise InputError(f"--lr must be above 0, not {self.lr}")
+        for name in ("lr", "kd_temperature", "recover_lr"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise InputError(f"--{name.replace('_', '-')} must be above 0, not {getattr(self, name)}")
         if self.kd_weight is not None and self.kd_weight < 0:
             raise InputError(f"--kd-weight must be at least 0, not {self.kd_weight}")
-        if self.kd_temperature is not None and self.kd_temperature <= 0:
-            raise InputError(f"--kd-temperature must be above 0, not {self.kd_temperature}")
         if not re.fullmatch(r"\d+(\.\d+)? *([KMGT]i?B|B)?", self.max_shard_size, flags=re.IGNORECASE):
             raise InputError(f"--max-shard-size is a size such as 5GB or 500MB, not {self.max_shard_size!r}")
         policy = policy_of(self.shape)
@@ -314,16 +214,8 @@ class Config:
             )
         if policy.uniform and self.method == "flap":
             raise InputError(f"--method flap adds biases, which --shape {policy} has no place for; use --shape ragged")
-        if self.refit_rounds < 1:
-            raise InputError(f"--refit-rounds must be at least 1, not {self.refit_rounds}")
         if self.refit_tokens is not None and self.refit_tokens < self.seq_len:
             raise InputError(f"--refit-tokens must be at least one sequence of {self.seq_len}, not {self.refit_tokens}")
-        if self.recover_steps is not None and self.recover_steps < 1:
-            raise InputError(f"--recover-steps must be at least 1, not {self.recover_steps}")
-        if self.recover_lr is not None and self.recover_lr <= 0:
-            raise InputError(f"--recover-lr must be above 0, not {self.recover_lr}")
-        if self.recover_rank < 1:
-            raise InputError(f"--recover-rank must be at least 1, not {self.recover_rank}")
         if self.measure_every < 0:
             raise InputError(f"--measure-every must be at least 0, not {self.measure_every}")
         self._check_learns_nothing()
@@ -342,6 +234,11 @@ class Config:
             raise InputError("--recipe paper measures no sensitivity, so --method sensitivity contradicts it")
 
     @property
+    def by_sparsity(self) -> bool:
+        """Whether a share of the units is asked for, which may be that of each kind."""
+        return self.sparsity is not None or (self.sweep is not None and "=" not in self.sweep)
+
+    @property
     def scored_rows(self) -> int:
         """Calibration sequences on which units are scored or their sensitivity is measured; needs resolved settings."""
         assert self.learning is not None
@@ -351,7 +248,7 @@ class Config:
 
     def resolved(self) -> "Config":
         """The same settings with every default filled in, the recipe included."""
-        recipe = self.learning or recipe_of(self.method, self.recipe, self.steps, self.binarise)
+        recipe = self.learning or recipe_of(self.method, self.recipe, max(1, self.steps), self.binarise)
         recipe = replace(
             recipe,
             lr=recipe.lr if self.lr is None else self.lr,
@@ -363,7 +260,7 @@ class Config:
             per = "expert"
         elif self.method in EQUAL_WIDTHS and not (self.budget and self.method in WHOLE_EXPERTS):
             per = "layer"
-        elif recipe.name == "paper" and self.method not in (*ONE_SHOT, "grasprune") and self.sparsity is not None:
+        elif recipe.name == "paper" and self.method not in (*ONE_SHOT, "grasprune") and self.by_sparsity:
             per = "kind"
         return replace(self, per=self.per or per, learning=recipe)
 

@@ -11,7 +11,7 @@ import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,10 @@ class Blocks:
     about: dict[str, Any]
     """Where they come from, JSON-able: data, documents, held_out_documents, tokens (distinct), held_out_tokens,
     fingerprint (hash of all tokens)."""
+
+    def after(self, rows: int) -> "Blocks":
+        """The same without the first calibration blocks."""
+        return replace(self, calibration_NT=self.calibration_NT[rows:])
 
 
 def load_blocks(

@@ -3,6 +3,8 @@
 One flat vector keeps the optimiser to a single tensor; `by_group` gives the views that `attach` and `plan` use.
 Units rank by z, and those with z > 0 are open. The value of an open gate is z itself, unless the method has other
 values: then they are tensors `value.<group>`. In `mean.<group>` is what removed inputs of a writer give way to (FLAP).
+Learning leaves all closed gates alike, so `order.<group>` says what units rank by for other sizes (order.py), and
+`sensitivity.<group>` what it went by, from which gates are learned on elsewhere (`--gates`).
 
 Shape suffixes: N units of the whole model, in the order of the groups.
 """
@@ -22,6 +24,9 @@ from secateur.files import InputError, replacing
 from secateur.units import Group, Shapes
 
 GATES_FORMAT = 1
+
+OPTIONAL = ("value", "order", "sensitivity")
+"""Tensors that a group may have beside its z."""
 
 
 def by_group(values_N: torch.Tensor, groups: Sequence[Group]) -> dict[str, torch.Tensor]:
@@ -43,6 +48,15 @@ class Gates:
     """Values of the gates where they are not z itself."""
     means: Mapping[str, torch.Tensor] | None = None
     """Group name → mean of each input of its writer, where removed units are replaced by theirs."""
+    order_N: torch.Tensor | None = None
+    """What the units rank by for other sizes, where that is not z: from 1 on where kept."""
+    sensitivity_N: torch.Tensor | None = None
+    """What each unit is worth alone (sensitivity.py), where it was measured."""
+
+    @property
+    def asked(self) -> tuple[float | None, tuple[str, ...]]:
+        """The `--sparsity` and `--budget` that they were found for."""
+        return self.about.get("sparsity"), tuple(self.about.get("budget", ()))
 
     def deployed(self) -> torch.Tensor:
         """Gate values of shape (N,), 0 where closed: ReLU(z) (method §3) unless the method has others."""
@@ -62,10 +76,11 @@ def architecture_fingerprint(groups: Sequence[Group], shapes: Shapes) -> str:
 
 
 def save_gates(path: Path, gates: Gates) -> None:
-    """Writes z (and values and means) by group, float32, with `about` and the format in the metadata; atomic."""
+    """Writes z (and what else there is) by group, float32, with `about` and the format in the metadata; atomic."""
     named = by_group(gates.z_N, gates.groups)
-    if gates.value_N is not None:
-        named |= {f"value.{name}": value for name, value in by_group(gates.value_N, gates.groups).items()}
+    for prefix in OPTIONAL:
+        if (more_N := getattr(gates, f"{prefix}_N")) is not None:
+            named |= {f"{prefix}.{name}": part for name, part in by_group(more_N, gates.groups).items()}
     named |= {f"mean.{name}": mean for name, mean in (gates.means or {}).items()}
     tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in named.items()}
     # One entry only: safetensors writes several in a random order, and equal gates should be equal files.
@@ -74,8 +89,9 @@ def save_gates(path: Path, gates: Gates) -> None:
         save_file(tensors, temporary, metadata=metadata)
 
 
-def load_gates(path: Path, groups: Sequence[Group], fingerprint: str) -> Gates:
-    """Reads gates and checks that they belong to this architecture. Raises InputError with the reason if not."""
+def load_gates(path: Path, groups: Sequence[Group], *fingerprints: str) -> Gates:
+    """Reads gates and checks that they belong to this architecture: to all shapes of the model, or to those of what is
+    pruned, whose fingerprint is one of these. Raises InputError with the reason if not."""
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {}).get("secateur", "null"))
@@ -86,14 +102,19 @@ def load_gates(path: Path, groups: Sequence[Group], fingerprint: str) -> Gates:
         raise InputError(f"{path} is not a readable gates file ({error}); run `secateur learn` again") from None
     if not isinstance(about, dict) or about.get("format") != GATES_FORMAT:
         raise InputError(f"{path} is not a gates file of format {GATES_FORMAT}; learn the gates anew with this version")
-    wrong = [g.name for g in groups if g.name not in tensors or tensors[g.name].shape != (g.units,)]
-    if wrong or about.get("architecture") != fingerprint:
-        detail = f"{wrong[0]} does not fit" if wrong else "the shapes of its weights differ"
-        raise InputError(f"{path} holds gates of another architecture ({detail}); learn gates for this model")
+    wrong = [g for g in groups if g.name not in tensors or tensors[g.name].shape != (g.units,)]
+    if wrong or not {about.get("architecture"), about.get("units")} & set(fingerprints):
+        detail = "the shapes of its weights differ"
+        if wrong:
+            has = f"{tensors[wrong[0].name].numel():,}" if wrong[0].name in tensors else "none"
+            detail = f"{wrong[0].name} does not fit: {wrong[0].units:,} units here, {has} there"
+        of = f", {about['model']}" if about.get("model") else ""
+        raise InputError(f"{path} holds gates of another architecture{of} ({detail}); learn gates for this model")
 
     def found(prefix: str) -> dict[str, torch.Tensor]:
         return {g.name: tensors[prefix + g.name].float() for g in groups if prefix + g.name in tensors}
 
-    values, means = found("value."), found("mean.")
-    value_N = torch.cat(list(values.values())) if values else None
-    return Gates(torch.cat(list(found("").values())), tuple(groups), about, value_N, means or None)
+    more = {f"{prefix}_N": torch.cat(list(parts.values())) for prefix in OPTIONAL if (parts := found(f"{prefix}."))}
+    if wrong_size := [name for name, values_N in more.items() if values_N.numel() != sum(g.units for g in groups)]:
+        raise InputError(f"{path} is not a readable gates file ({wrong_size[0][:-2]} is incomplete); learn again")
+    return Gates(torch.cat(list(found("").values())), tuple(groups), about, means=found("mean.") or None, **more)

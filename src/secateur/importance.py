@@ -22,10 +22,10 @@ from transformers import PreTrainedModel
 
 from secateur.attach import writer
 from secateur.budget import Budget
-from secateur.config import Recipe
 from secateur.files import InputError
 from secateur.importance_experts import EXPERT_SCORES, column_norms, read, watching_experts
 from secateur.objective import distillation_loss
+from secateur.recipes import Recipe
 from secateur.sensitivity import balanced, gate_sensitivity, weighted
 from secateur.units import Group, Slice
 from secateur.vocabulary import Vocabulary

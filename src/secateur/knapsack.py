@@ -18,11 +18,17 @@ ROUNDS = 200
 
 
 def fitting(
-    rank_O: torch.Tensor, chain_O: torch.Tensor, chains: Sequence[Mapping[int, torch.Tensor]], bounds: Sequence[Bound]
+    rank_O: torch.Tensor,
+    chain_O: torch.Tensor,
+    chains: Sequence[Mapping[int, torch.Tensor]],
+    bounds: Sequence[Bound],
+    in_order: bool = False,
 ) -> torch.Tensor:
     """By falling rank what fits all bounds, a mask of shape (O,); of a chain, nothing after what does not.
 
-    chains: group → its units that are stored with no item of the chain, with the first one, and so on.
+    chains: group → its units that are stored with no item of the chain, with the first one, and so on. `in_order`: a
+    bound that an item does not fit is closed to all after it, so that a smaller bound keeps a subset; no sublayer is
+    left out beforehand, either.
     """
     order_O = rank_O.argsort(descending=True, stable=True)
     cost_OC = torch.zeros(len(rank_O), len(bounds), dtype=torch.int64)
@@ -35,15 +41,20 @@ def fitting(
             cost_OC[items] += cost_IC.diff(dim=0)[: len(items)]
             opening_HC[h] += torch.tensor([b.costs[g].opening for b in bounds])
             room_C -= cost_IC[0]
-    admitted_H = _admitted(rank_O, chain_O, opening_HC, room_C)
-    waiting = order_O[admitted_H[chain_O[order_O]].logical_not().byte().argsort(stable=True)]
+    waiting = order_O
+    if not in_order:
+        admitted_H = _admitted(rank_O, chain_O, opening_HC, room_C)
+        waiting = order_O[admitted_H[chain_O[order_O]].logical_not().byte().argsort(stable=True)]
     kept_O = torch.zeros(len(rank_O), dtype=torch.bool)
+    closed_C = torch.zeros(len(bounds), dtype=torch.bool)
     while len(waiting):
-        waiting = waiting[in_turn((cost_OC[waiting] <= room_C).all(1), chain_O[waiting])]
+        fits_WC = ~((cost_OC[waiting] > 0) & closed_C) if in_order else cost_OC[waiting] <= room_C
+        waiting = waiting[in_turn(fits_WC.all(1), chain_O[waiting])]
         taken = (cost_OC[waiting].cumsum(0) <= room_C).all(1)
         kept_O[waiting[taken]] = True
         room_C -= cost_OC[waiting[taken]].sum(0)
         waiting = waiting[~taken]
+        closed_C |= (cost_OC[waiting[:1]] > room_C).any(0)
     return kept_O
 
 

@@ -20,14 +20,15 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from secateur.budget import Budget, largest_that_fits
-from secateur.config import Recipe
-from secateur.data import Blocks
+from secateur.data import Blocks, fingerprint
 from secateur.evaluate import mean_loss
 from secateur.files import InputError, replacing
 from secateur.gates import by_group
 from secateur.guard import LOOKED_AT, Guard, Multipliers
 from secateur.optimise import Optimiser, Step
+from secateur.order import positions
 from secateur.passes import Passes, recomputing
+from secateur.recipes import Recipe
 from secateur.relaxation import RELAXATIONS
 from secateur.sensitivity import balanced, gate_sensitivity, weighted
 from secateur.units import Group
@@ -61,6 +62,17 @@ class Fixing:
 
 
 @dataclass(frozen=True)
+class Start:
+    """Gates that were learned before, to go on from."""
+
+    z_N: torch.Tensor
+    within_N: torch.Tensor
+    """The units that may be kept, a mask."""
+    sensitivity_N: torch.Tensor | None
+    """What they went by, where it was measured: it is not measured again."""
+
+
+@dataclass(frozen=True)
 class Learned:
     """The result of a learning run."""
 
@@ -70,6 +82,12 @@ class Learned:
     """Gate values as deployed."""
     fixing: Fixing | None
     """None when the recipe leaves the budget to the plan."""
+    kept_N: torch.Tensor
+    """The kept set, a mask."""
+    order_N: torch.Tensor | None = None
+    """What the units rank by for other sizes (order.py): above 1 where kept, else below. None: z says it."""
+    sensitivity_N: torch.Tensor | None = None
+    """What each unit is worth alone, where it was measured."""
 
 
 def learn(
@@ -92,6 +110,7 @@ def learn(
     teacher: PreTrainedModel | None = None,
     gradient_checkpointing: bool = False,
     guarded: Mapping[Guard, Blocks] | None = None,
+    start: Start | None = None,
 ) -> Learned:
     """Learns the gates of `model`, whose weights are frozen and otherwise left as they are.
 
@@ -101,7 +120,7 @@ def learn(
     one of RELAXATIONS; `measure_every` k records the held-out loss every k steps and changes nothing else. `teacher` is
     the model itself without gates unless another one is given. `gradient_checkpointing` computes each layer once more
     in the backward pass instead of keeping what it computed: less memory, the same gates. `guarded`: the texts whose
-    loss is bounded, with as many rows as of calibration.
+    loss is bounded, with as many rows as of calibration. `start`: from other gates.
     Raises LearningDiverged when the loss is not finite.
     """
     device = next(model.parameters()).device
@@ -115,17 +134,22 @@ def learn(
     guarded = guarded or {}
     settings += "".join(f" guard={guard} {text.about['fingerprint']}" for guard, text in guarded.items())
     multipliers = Multipliers(tuple(guarded), steps)
+    if start is not None:
+        settings += f" start={fingerprint(start.z_N.cpu(), start.within_N.cpu())}"
+        optimiser.go_on_from(start.z_N.to(device), start.within_N.to(device))
     if checkpoint is not None and checkpoint.exists():
         fixing = _restore(checkpoint, optimiser, multipliers, settings)
     elif recipe.sensitivity_batches:
-        rows = recipe.sensitivity_batches * batch_size
-        with recomputing(model, gradient_checkpointing):
-            sensitivity_N = gate_sensitivity(model, groups, calibration_NT[:rows].to(device), on_measured)
-            for weight, text in zip(multipliers.weights, guarded.values(), strict=True):
-                rows_NT = text.calibration_NT[:rows].to(device)
-                sensitivity_N += weight * gate_sensitivity(model, groups, rows_NT, on_measured)
-        sensitivity_N = weighted(sensitivity_N, groups, recipe.attention_weight)
-        optimiser.start_from(sensitivity_N, balanced(sensitivity_N, groups, recipe.layer_balance))
+        sensitivity_N = None if start is None else start.sensitivity_N
+        if sensitivity_N is None:
+            rows = recipe.sensitivity_batches * batch_size
+            with recomputing(model, gradient_checkpointing):
+                sensitivity_N = gate_sensitivity(model, groups, calibration_NT[:rows].to(device), on_measured)
+                for weight, text in zip(multipliers.weights, guarded.values(), strict=True):
+                    rows_NT = text.calibration_NT[:rows].to(device)
+                    sensitivity_N += weight * gate_sensitivity(model, groups, rows_NT, on_measured)
+        optimiser.sensitivity_N = sensitivity_N.to(device)
+        optimiser.start_from(*_weighed(optimiser.sensitivity_N, groups, recipe))
     batches = calibration_NT.split(batch_size)[:steps]
     assert len(batches) == steps, f"{steps} steps need {steps} batches, got {len(batches)}"
 
@@ -168,7 +192,30 @@ def learn(
         if checkpoint is not None:  # `state` is that of a whole step, wherever the interrupt fell
             _save(checkpoint, *state, settings)
         raise
-    return Learned(optimiser.ranking(), optimiser.values(), fixing)
+    kept_N = optimiser.kept_N
+    if kept_N is None:
+        kept_N = optimiser.largest(optimiser.ranking())
+    order_N = _order(optimiser, kept_N, groups)
+    return Learned(optimiser.ranking(), optimiser.values(), fixing, kept_N, order_N, optimiser.sensitivity_N)
+
+
+def _weighed(
+    sensitivity_N: torch.Tensor, groups: tuple[Group, ...], recipe: Recipe
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sensitivities by which gates step, and those by which they are worth keeping."""
+    sensitivity_N = weighted(sensitivity_N, groups, recipe.attention_weight)
+    return sensitivity_N, balanced(sensitivity_N, groups, recipe.layer_balance)
+
+
+def _order(optimiser: Optimiser, kept_N: torch.Tensor, groups: tuple[Group, ...]) -> torch.Tensor | None:
+    """What the units rank by for other sizes, above 1 where kept; None where z says it (Relaxation.score)."""
+    if optimiser.relaxation.score is None:
+        return None
+    if optimiser.sensitivity_N is None:
+        return positions(optimiser.last_open_N, optimiser.z_N) + kept_N.cpu().float()
+    _, cost_N = _weighed(optimiser.sensitivity_N, groups, optimiser.recipe)
+    cost_N = cost_N * torch.where(kept_N, optimiser.values().square(), 1.0)  # closed ones would open whole
+    return positions(cost_N / optimiser.limits.share_N, optimiser.z_N) + kept_N.cpu().float()
 
 
 def unseen(grad_N: torch.Tensor, groups: tuple[Group, ...]) -> torch.Tensor | None:

@@ -3,6 +3,7 @@
 Only safetensors and GGUF weights are read, never pickles; code from a checkpoint runs only on request.
 """
 
+import hashlib
 import textwrap
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -26,6 +27,9 @@ from secateur.describe import Description, check_causal, check_unquantised, desc
 from secateur.families import build, config_class, model_class
 from secateur.files import InputError, read_json
 from secateur.selection import AttentionUnit
+
+SAMPLED = 256
+"""Values of each weight that `weights_fingerprint` looks at."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,18 @@ def weight_of(model: torch.nn.Module, name: str) -> torch.Tensor:
     offloaded: Any = model.get_submodule(module)
     value: torch.Tensor = offloaded._hf_hook.weights_map[own]
     return value
+
+
+def weights_fingerprint(model: torch.nn.Module) -> str:
+    """Hash of a sample of each weight, by which gates know the model they were learned on; the same in any dtype from
+    bfloat16 up, on disk or not."""
+    digest = hashlib.sha256()
+    for name, _ in model.named_parameters():
+        flat = weight_of(model, name).flatten()
+        index = torch.linspace(0, len(flat) - 1, min(SAMPLED, len(flat)), dtype=torch.float64).long()
+        values = flat[index.to(flat.device)].to("cpu", torch.bfloat16).view(torch.int16)
+        digest.update(f"{name} {len(flat)}".encode() + values.numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def describe_pretrained(

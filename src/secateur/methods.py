@@ -3,21 +3,25 @@
 Serves `secateur learn RUN`.
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 
+from secateur import __version__
 from secateur.budget import Budget, largest_that_fits, make_budget, ranked
-from secateur.config import Scope, tie_of
+from secateur.config import Scope
 from secateur.costs import Bound, bounds_of
 from secateur.export import buffers
 from secateur.files import InputError
 from secateur.gates import Gates, save_gates
 from secateur.importance import ONE_SHOT
-from secateur.learn import LearningDiverged, learn
+from secateur.learn import LearningDiverged, Start, learn
+from secateur.optimise import BARELY_OPEN, Step
+from secateur.order import kept_for
 from secateur.policy import policy_of
+from secateur.recipes import Recipe, tie_of
 from secateur.run import recorded
 from secateur.session import Session
 from secateur.wanted import read_budgets
@@ -59,23 +63,35 @@ def find_gates(session: Session, limits: Budget) -> Gates:
     """Gates of the run's method within `limits`, its budget. Those that are learned go on from a checkpoint where one
     is; the others start over."""
     c = session.config
+    about = about_gates(session)
+    with session.autocast():
+        if session.given is not None:
+            return _tuned(session, session.given, limits, about)
+        return _score(session, limits, about) if c.method in ONE_SHOT else learned_gates(session, limits, about)
+
+
+def about_gates(session: Session) -> dict[str, Any]:
+    """What a file of gates says of itself."""
+    c = session.config
     assert c.learning is not None
-    blocks = session.blocks
-    about: dict[str, Any] = {
+    return {
+        "version": __version__,
         "architecture": session.architecture,
+        "units": session.pruned_shapes,
+        "weights": session.weights,
         "method": c.method,
         "model": c.model,
         "sparsity": c.sparsity,
         **({"budget": list(c.budget)} if c.budget else {}),
         "per": c.per,
-        "data": blocks.about,
+        "shape": c.shape,
+        "data": session.blocks.about,
         **({"guard": list(c.guard)} if c.guard else {}),
+        "steps": 0 if c.method in ONE_SHOT else c.steps,
         "tokens": (c.scored_rows if c.method in ONE_SHOT else c.steps * c.batch_size) * c.seq_len,
         "recipe": asdict(c.learning),
         "fixing": None,
     }
-    with session.autocast():
-        return (_score if c.method in ONE_SHOT else _learn)(session, limits, about)
 
 
 def _score(session: Session, limits: Budget, about: dict[str, Any]) -> Gates:
@@ -97,20 +113,58 @@ def _score(session: Session, limits: Budget, about: dict[str, Any]) -> Gates:
     return Gates(z_N, groups, about, torch.ones_like(z_N), means)
 
 
-def _learn(session: Session, limits: Budget, about: dict[str, Any]) -> Gates:
+def _tuned(session: Session, given: Gates, limits: Budget, about: dict[str, Any]) -> Gates:
+    """The gates of `--gates`, and with `--steps` their values learned on; what is kept follows from them alone."""
+    c = session.config
+    assert c.learning is not None
+    if not c.steps:
+        return replace(given, about=given.about | {"architecture": session.architecture})
+    kept_N, value_N = kept_for(given, limits, c.sparsity, c.budget), given.deployed().cpu()
+    start = Start(torch.where(value_N > 0, value_N, 1.0), kept_N, given.sensitivity_N)
+    before = int(given.about.get("steps", 0))
+    recipe = c.learning if c.lr else going_on(c.learning, c.steps, before)
+    about |= {"from": {key: given.about.get(key) for key in ("model", "weights", "sparsity", "budget", "tokens")}}
+    about |= {"steps": before + c.steps}
+    return learned_gates(session, limits, about, Part(replace(recipe, settle=1.0), 0, c.steps, start))
+
+
+@dataclass(frozen=True)
+class Part:
+    """Steps of a run that gates are learned in."""
+
+    recipe: Recipe
+    first: int
+    """The step whose rows of calibration text come first."""
+    steps: int
+    start: Start | None
+
+
+def going_on(recipe: Recipe, steps: int, before: int) -> Recipe:
+    """A recipe of so many steps for gates that were learned for some `before`: with the step size of one long run."""
+    return replace(recipe, lr=recipe.lr * (steps / (before + steps)) ** 0.5)
+
+
+def learned_gates(session: Session, limits: Budget, about: dict[str, Any], part: Part | None = None) -> Gates:
+    """Gates learned in all steps of a run, or a part of them."""
     run, c, loaded, blocks = session.run, session.config, session.loaded, session.blocks
     groups = loaded.description.groups
     assert c.learning is not None
-    with recorded(run.metrics, run.checkpoint.exists(), session.progress.step) as on_step:
+    whole, part = part is None, part or Part(c.learning, 0, c.steps, None)
+    begun = part.first * c.batch_size
+
+    def hear(step: Step) -> None:
+        session.progress.step(replace(step, step=part.first + step.step))
+
+    with recorded(run.metrics, run.checkpoint.exists(), hear) as on_step:
         try:
             learned = learn(
                 loaded.model,
                 groups,
-                blocks.calibration_NT,
+                blocks.calibration_NT[begun:],
                 blocks.held_out_NT,
                 limits,
-                c.learning,
-                steps=c.steps,
+                part.recipe,
+                steps=part.steps,
                 batch_size=c.batch_size,
                 seed=c.seed,
                 method=c.method,
@@ -120,14 +174,19 @@ def _learn(session: Session, limits: Budget, about: dict[str, Any]) -> Gates:
                 on_step=on_step,
                 on_measured=session.progress.measured,
                 gradient_checkpointing=c.gradient_checkpointing,
-                guarded=session.guards,
+                guarded={guard: text.after(begun) for guard, text in session.guards.items()},
+                start=part.start,
             )
         except LearningDiverged as error:
             last_good = run.folder / f"gates-step-{error.step}.safetensors"
             save_gates(last_good, _gates(error.z_N, error.value_N, groups, about | {"steps": error.step}))
             raise InputError(f"{error} ({last_good})") from None
     fixing = None if learned.fixing is None else asdict(learned.fixing)
-    return _gates(learned.z_N, learned.value_N, groups, about | {"fixing": fixing})
+    z_N = learned.z_N
+    if not whole:  # what goes on from these has to know what is kept
+        z_N = torch.where(learned.kept_N, z_N.clamp(min=BARELY_OPEN), z_N.clamp(max=0.0))
+    gates = _gates(z_N, learned.value_N, groups, about | {"fixing": fixing})
+    return replace(gates, order_N=learned.order_N, sensitivity_N=learned.sensitivity_N)
 
 
 def _gates(z_N: torch.Tensor, value_N: torch.Tensor, groups: Any, about: dict[str, Any]) -> Gates:

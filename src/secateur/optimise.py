@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 
 from secateur.budget import Budget, largest_that_fits, ranked
-from secateur.config import Recipe
 from secateur.objective import annealed, lagrangian
+from secateur.order import largest_within
+from secateur.recipes import Recipe
 from secateur.relaxation import RELAXATIONS, Relaxation
 
 REOPENED = 0.05
@@ -86,6 +87,12 @@ class Optimiser:
         """The kept set once it is fixed."""
         self.rank_N: torch.Tensor | None = None
         """What the units ranked by, where z has become something else since."""
+        self.within_N: torch.Tensor | None = None
+        """The units that may be kept, where not all may."""
+        self.sensitivity_N: torch.Tensor | None = None
+        """What each unit is worth alone, in nats, where that was measured."""
+        self.last_open_N = torch.zeros_like(self.z_N)
+        """The number of the last step after which each gate was open."""
         self.adam = torch.optim.AdamW([self.theta_N], betas=recipe.betas, eps=1e-12, weight_decay=0.0)
         ascent = [{"params": [dual], "lr": rate} for dual, rate in zip(self.duals, recipe.dual_lr, strict=True)]
         self.ascent = (
@@ -127,18 +134,31 @@ class Optimiser:
             return self.rank_N
         return self.z_N if self.relaxation.score is not None else ranked(self.z_N, self.open_N)
 
+    def go_on_from(self, z_N: torch.Tensor, within_N: torch.Tensor) -> None:
+        """Gates that were learned before, of which no more than those `within` may be kept; both of shape (N,)."""
+        self.within_N = within_N
+        self.z_N = torch.where(within_N, z_N, self.relaxation.lowest)
+        with torch.no_grad():
+            self.theta_N.copy_((self.z_N - 1.0) / self.step_size_N)
+        self._see_open()
+
     def start_from(self, sensitivity_N: torch.Tensor, cost_N: torch.Tensor) -> None:
         """Step sizes from how much the loss minds each gate moving, the start from what its unit is taken to be worth.
 
         Step sizes ∝ (sensitivity a parameter)^−½, 1 for the median gate: with Adam's division by the gradient's own
         size that is a natural-gradient step. Units that the budget has no room for, by cost a parameter, start nearly
-        closed; all stay free to move, so that learning decides. Both are in nats, of shape (N,).
+        closed; all stay free to move, so that learning decides. Both are in nats, of shape (N,), and of gates at 1:
+        that of another gate is its square's.
         """
+        cost_N = cost_N.to(self.z_N.device)
         density_N = sensitivity_N.to(self.z_N.device) / self.limits.share_N
         relative_N = (density_N / density_N.median()).clamp(min=1e-12)
         self.step_size_N = relative_N.pow(-0.5).clamp(*STEP_SIZE_RANGE)
-        inside_N = largest_that_fits(self.limits.per_cost(cost_N.to(self.z_N.device)), self.limits)
-        self.z_N = torch.where(inside_N, self.z_N, self.recipe.start_outside)
+        if self.within_N is not None:
+            cost_N = cost_N * self.z_N.relu().square()
+        inside_N = self.largest(self.limits.per_cost(cost_N))
+        outside_N = self.z_N.clamp(max=self.recipe.start_outside)
+        self.z_N = torch.where(inside_N, self.z_N, outside_N)
         with torch.no_grad():
             self.theta_N.copy_((self.z_N - 1.0) / self.step_size_N)
         self._see_open()
@@ -231,6 +251,8 @@ class Optimiser:
             z_N = (1.0 + self.step_size_N * self.theta_N).clamp(min=self.relaxation.lowest)
             if self.kept_N is not None:
                 z_N = torch.where(self.kept_N, z_N.clamp(min=BARELY_OPEN), self.relaxation.lowest)
+            elif self.within_N is not None:
+                z_N = torch.where(self.within_N, z_N, self.relaxation.lowest)
             self.z_N = z_N
             self.theta_N.copy_((z_N - 1.0) / self.step_size_N)
         self._see_open()
@@ -239,10 +261,17 @@ class Optimiser:
         projecting = self.relaxation.score is None and self.kept_N is None
         self.open_N = largest_that_fits(self.z_N, self.limits) if projecting else self.z_N > 0
         """The open units, a mask of shape (N,)."""
+        self.last_open_N = torch.where(self.open_N, float(self.done), self.last_open_N)
+
+    def largest(self, rank_N: torch.Tensor) -> torch.Tensor:
+        """The largest set that fits the budget, by rank, within what may be kept."""
+        if self.within_N is None:
+            return largest_that_fits(rank_N, self.limits)
+        return largest_within(rank_N, self.limits, self.within_N)
 
     def fix_kept_set(self) -> None:
         """Keeps the largest set that fits the budget, by z, from here on; only the values of its gates still move."""
-        self.kept_N = largest_that_fits(self.z_N, self.limits)
+        self.kept_N = self.largest(self.z_N)
         reopened_N = self.kept_N & (self.z_N <= 0)
         z_N = torch.where(reopened_N, REOPENED, self.z_N)
         if self.relaxation.score is None:
@@ -256,11 +285,9 @@ class Optimiser:
     def state(self) -> dict[str, torch.Tensor]:
         """All that `restore` needs to go on to bit-identical gates."""
         tensors = {"z": self.z_N, "theta": self.theta_N.detach(), "step_size": self.step_size_N, "unit": self.unit_C}
-        tensors["done"] = torch.tensor(self.done)
-        if self.kept_N is not None:
-            tensors["kept"] = self.kept_N
-        if self.rank_N is not None:
-            tensors["rank"] = self.rank_N
+        tensors |= {"done": torch.tensor(self.done), "last_open": self.last_open_N}
+        found = {"kept": self.kept_N, "rank": self.rank_N, "sensitivity": self.sensitivity_N}
+        tensors |= {name: tensor for name, tensor in found.items() if tensor is not None}
         for i, dual in enumerate(self.duals):
             tensors[f"dual.{i}"] = dual.detach()
         for name, optimiser in (("adam", self.adam), ("ascent", self.ascent)):
@@ -274,7 +301,8 @@ class Optimiser:
         moved = {name: tensor.to(device) for name, tensor in tensors.items()}
         self.done = int(moved["done"])
         self.z_N, self.step_size_N, self.unit_C = moved["z"], moved["step_size"], moved["unit"]
-        self.kept_N, self.rank_N = moved.get("kept"), moved.get("rank")
+        self.kept_N, self.rank_N, self.sensitivity_N = map(moved.get, ("kept", "rank", "sensitivity"))
+        self.last_open_N = moved.get("last_open", self.last_open_N)
         with torch.no_grad():
             self.theta_N.copy_(moved["theta"])
             for i, dual in enumerate(self.duals):

@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from secateur.attach import attached
-from secateur.config import Recipe
 from secateur.files import InputError
 from secateur.gates import by_group
 from secateur.objective import distillation_loss
+from secateur.recipes import Recipe
 from secateur.units import Group
 from secateur.vocabulary import Vocabulary
 

@@ -114,12 +114,17 @@ class Rounding:
 
 
 def make_plan(
-    gates: Gates, limits: Budget, shape: str, held_out_loss: Callable[[Mapping[str, torch.Tensor]], float]
+    gates: Gates,
+    limits: Budget,
+    shape: str,
+    held_out_loss: Callable[[Mapping[str, torch.Tensor]], float],
+    kept_N: torch.Tensor | None = None,
 ) -> tuple[Plan, Rounding]:
-    """The plan and what rounding did. `held_out_loss` maps gate values by group to a loss in nats a token."""
+    """The plan and what rounding did. `held_out_loss` maps gate values by group to a loss in nats a token; `kept_N` is
+    the kept set, None: the largest that fits, by z."""
     z_N, value_N = gates.z_N.cpu(), gates.deployed().cpu()
     open_N = z_N > 0
-    kept_N = largest_that_fits(z_N, limits)
+    kept_N = largest_that_fits(z_N, limits) if kept_N is None else kept_N
     reopened_N = kept_N & ~open_N
     learned = held_out_loss(by_group(value_N, gates.groups))
     scale_N, scale, planned = value_N * kept_N, 0.0, learned

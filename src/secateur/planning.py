@@ -19,6 +19,7 @@ from secateur.describe import Description
 from secateur.files import InputError
 from secateur.gates import load_gates
 from secateur.methods import asked_of, budget_of
+from secateur.order import kept_for
 from secateur.plan import Plan, Rounding, make_plan
 from secateur.policy import policy_of
 from secateur.session import Session
@@ -41,7 +42,9 @@ def plan_for(session: Session, shape: str, held_out_loss: HeldOutLoss | None = N
         raise InputError(
             f"--method {c.method} adds biases, which --shape {policy} has no place for; use --shape ragged"
         )
-    plan, rounding = make_plan(gates, limits, str(policy), lambda gate: measure(gate, gates.means))
+    session.check_weights(gates, session.run.gates)
+    kept_N = kept_for(gates, limits, c.sparsity, c.budget)
+    plan, rounding = make_plan(gates, limits, str(policy), lambda gate: measure(gate, gates.means), kept_N)
     return plan, replace(rounding, budgets=tuple(held(session, plan)))
 
 

@@ -3,10 +3,12 @@
 from types import TracebackType
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from secateur.config import ONE_SHOT, Config
+from secateur.config import Config
 from secateur.optimise import Step
+from secateur.recipes import ONE_SHOT
 from secateur.recover import RecoveryStep
 from secateur.session import Progress as Listener
 
@@ -63,6 +65,10 @@ class Screen(Listener):
             removed = f"removed {1 - step.kept:.1%} (score {1 - step.score:.1%}, target {1 - step.target:.1%})"
         self._train("learn", step, self.config.steps, removed)
 
+    def size(self, name: str) -> None:
+        """Another size of a sweep begins."""
+        self.bars.console.print(f"size {name}", markup=False)
+
     def recovered(self, step: RecoveryStep) -> None:
         """A step of recovery is done."""
         self._train("recover", step, self.config.recover_steps or self.config.steps, "")
@@ -99,6 +105,10 @@ class Screen(Listener):
         if self.task is None:
             self.task = self.bars.add_task("score", total=of, figures="rows")
         self.bars.advance(self.task, rows)
+
+    def warned(self, warning: str) -> None:
+        """Something that is possible, and maybe not meant."""
+        self.bars.console.print(f"[yellow]warning:[/yellow] {escape(warning)}", soft_wrap=True)
 
     def _end(self) -> None:
         if self.task is not None:

@@ -95,6 +95,16 @@ class Run:
         return [*self.folder.glob("model-*.gguf"), *self.folder.glob("verify-*.json")]
 
     @property
+    def sizes(self) -> Path:
+        """The same model in other sizes, each in the folder of a run of its own."""
+        return self.folder / "sizes"
+
+    @property
+    def sweep(self) -> Path:
+        """What a sweep over sizes is, and whether it is done."""
+        return self.folder / "sweep.json"
+
+    @property
     def timings(self) -> Path:
         """Seconds that each stage took."""
         return self.folder / "timings.json"
@@ -103,6 +113,8 @@ class Run:
 def new_run(config: Config) -> Run:
     """Creates the folder with its config.yaml. Raises InputError if it holds another run."""
     config = config.resolved()
+    if config.gates is not None and not config.gates.is_file():
+        raise InputError(f"--gates {config.gates} is no file; give the gates.safetensors of a run")
     folder = config.out or _free_folder(config)
     if folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - NOT_YET_BEGUN):
         what = "holds another run" if (folder / "config.yaml").is_file() else "is not empty"
@@ -144,6 +156,7 @@ def recorded(path: Path, goes_on: bool, hear: Callable[[Any], None]) -> Iterator
 
 def _free_folder(config: Config) -> Path:
     asked = [] if config.sparsity is None else [f"s{config.sparsity:g}"]
+    asked += [] if config.sweep is None else [f"sweep-{config.sweep.replace(':', '-')}"]
     name = "-".join([Path(config.model).stem or "model", *asked, *config.budget])
     candidates = (Path("runs") / (name if i == 1 else f"{name}-{i}") for i in itertools.count(1))
     return next(c for c in candidates if not c.exists())

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from secateur.files import InputError
 from secateur.policy import policy_of
+from secateur.wanted import read_pick, read_sweep
 
 if TYPE_CHECKING:
     from secateur.config import Config
@@ -35,9 +36,33 @@ def kept_words(keep: Collection[str]) -> tuple[str, ...]:
     return words
 
 
+def _check_sources(c: "Config", scored_once: bool) -> None:
+    """Raises InputError where gates cannot come from what is said, or not at the sizes."""
+    if c.gates is not None and c.method != "deterministic":
+        raise InputError(f"--gates are tuned as those of deterministic, so --method {c.method} contradicts it")
+    if c.steps == 0 and (c.refit or c.recover):
+        raise InputError("--refit and --recover need calibration text, of which --steps 0 reads none")
+    if c.sweep is None:
+        if c.pick is not None:
+            raise InputError(f"--pick {c.pick} chooses among the sizes of a --sweep: say which, e.g. --sweep 0.1:0.6")
+        return
+    if c.pick is not None:
+        read_pick(c.pick)
+    if c.gates is not None:
+        raise InputError("--sweep learns from the unpruned model, so --gates contradicts it")
+    if scored_once or c.method == "grasprune":
+        raise InputError(
+            f"--method {c.method} ranks all units once, so it has no --sweep: say --sparsity, and then "
+            "`secateur export RUN --sparsity` gives other sizes"
+        )
+    if c.steps <= len(sizes := read_sweep(c.sweep)):
+        raise InputError(f"--steps {c.steps} are too few for {len(sizes)} sizes: each wants steps of its own")
+
+
 def check_selection(c: "Config", scored_once: bool) -> None:
     """Raises InputError for choices that contradict each other, or the shape, budget and method."""
     policy = policy_of(c.shape)
+    _check_sources(c, scored_once)
     if c.keep and policy.uniform:
         raise InputError(f"--keep leaves layers wider than others, so --shape {policy} contradicts it")
     if c.attention_unit is None:

@@ -17,9 +17,9 @@ from secateur.config import Config
 from secateur.data import SELF, Blocks, load_blocks
 from secateur.evaluate import mean_loss
 from secateur.files import InputError, read_json, write_json
-from secateur.gates import architecture_fingerprint
+from secateur.gates import Gates, architecture_fingerprint, load_gates
 from secateur.guard import Guard, read_guards
-from secateur.load import Loaded, autocast, load
+from secateur.load import Loaded, autocast, load, weights_fingerprint
 from secateur.optimise import Step
 from secateur.recover import RecoveryStep
 from secateur.run import Run
@@ -42,6 +42,9 @@ class Progress:
     def recovered(self, step: RecoveryStep) -> None:
         """A step of recovery is done."""
 
+    def size(self, name: str) -> None:
+        """Another size of a sweep begins."""
+
     def measured(self, rows: int) -> None:
         """The sensitivity of the gates has been measured on so many rows."""
 
@@ -50,6 +53,9 @@ class Progress:
 
     def scored(self, rows: int, of: int) -> None:
         """So many more rows of the zero-shot tasks went through a model, of so many for both models."""
+
+    def warned(self, warning: str) -> None:
+        """Something that is possible, and maybe not meant."""
 
 
 @dataclass
@@ -60,6 +66,7 @@ class Session:
     progress: Progress = field(default_factory=Progress)
     offload: Path | None = None
     """Where weights are kept on disk instead of in memory."""
+    _warned_of: set[Path] = field(default_factory=set)
 
     def autocast(self) -> torch.autocast:
         """The context that passes of learning run in (`--precision`)."""
@@ -149,6 +156,48 @@ class Session:
     def architecture(self) -> str:
         """Fingerprint that ties gates and plan to the model's shapes."""
         return architecture_fingerprint(self.loaded.description.groups, self.loaded.description.shapes)
+
+    @cached_property
+    def pruned_shapes(self) -> str:
+        """The same of what is pruned alone: siblings with other embeddings share it."""
+        groups, shapes = self.loaded.description.groups, self.loaded.description.shapes
+        inside = {s.param for g in groups for s in g.slices}
+        return architecture_fingerprint(groups, {name: shapes[name] for name in inside})
+
+    @cached_property
+    def weights(self) -> str:
+        """Fingerprint of the dense model's weights."""
+        return weights_fingerprint(self.loaded.model)
+
+    @property
+    def learned_steps(self) -> int:
+        """Learning steps behind the gates of a run: of a size of a sweep, those of the sizes before, too."""
+        gates = load_gates(self.run.gates, self.loaded.description.groups, self.architecture)
+        return int(gates.about["steps"] if "sweep" in gates.about else self.config.steps)
+
+    @cached_property
+    def given(self) -> Gates | None:
+        """The gates that `--gates` names, checked."""
+        if self.config.gates is None:
+            return None
+        groups = self.loaded.description.groups
+        gates = load_gates(self.config.gates, groups, self.architecture, self.pruned_shapes)
+        self.check_weights(gates, self.config.gates)
+        if gates.means is not None and self.config.steps:
+            reason = f"{self.config.gates} has biases for what it removes (flap), which cannot be tuned"
+            raise InputError(f"{reason}; say --steps 0")
+        return gates
+
+    def check_weights(self, gates: Gates, path: Path) -> None:
+        """Warns, once, of gates that were found on other weights of the same shapes."""
+        found = gates.about.get("weights")
+        if found in (None, self.weights) or path in self._warned_of:
+            return
+        self._warned_of.add(path)
+        self.progress.warned(
+            f"{path} holds gates found on other weights than {self.config.model} has (hash {found} of "
+            f"{gates.about.get('model')}, here {self.weights}): `prune MODEL --gates FILE --steps N` tunes them to it"
+        )
 
     def held_out_loss(
         self, gates: Mapping[str, torch.Tensor] | None, means: Mapping[str, torch.Tensor] | None = None

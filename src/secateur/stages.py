@@ -23,7 +23,7 @@ from secateur.families import FAMILIES
 from secateur.files import InputError, read_json, write_json, write_text
 from secateur.gates import Gates, load_gates, save_gates
 from secateur.learn import learn
-from secateur.load import Loaded, read_export
+from secateur.load import read_export
 from secateur.methods import budget_of, find_gates
 from secateur.overlap import overlap
 from secateur.plan import Plan, Rounding, load_plan, save_plan
@@ -50,11 +50,7 @@ class VerificationFailed(RuntimeError):
 
 def learn_stage(session: Session) -> Gates:
     """Learns or scores the gates: RUN/gates.safetensors, metrics.jsonl a line a learning step."""
-    run, limits, _tokens = (
-        session.run,
-        budget_of(session),
-        (session.blocks, session.guards),
-    )  # loaded before the clock runs
+    run, limits, _known = session.run, budget_of(session), (session.given, session.blocks, session.guards)
     with session.timed("learn"):
         gates = find_gates(session, limits)
     run.plan.unlink(missing_ok=True)  # a plan of earlier gates
@@ -117,7 +113,7 @@ def _export(session: Session, shape: str | None) -> None:
             loaded.description,
             plan,
             run.model,
-            card=lambda stock: model_card(c, plan.shape, rounding, None, None, (), *_about(loaded, stock)),
+            card=lambda stock: model_card(c, plan.shape, rounding, None, None, (), *_about(session, stock)),
             max_shard_size=c.max_shard_size,
             dtype=loaded.checkpoint_dtype,
             base_model=public_name(c.model),
@@ -131,9 +127,10 @@ def _is_stock(run: Run) -> bool:
     return "per_layer_config" not in read_json(run.model / "config.json", f"secateur export {run.folder}")
 
 
-def _about(loaded: Loaded, stock: bool) -> tuple[frozenset[str], bool, bool]:
-    """What the card says of the model: the kinds of its units, whether its code travels, whether it is stock."""
-    return loaded.description.kinds, loaded.model.config.model_type in FAMILIES, stock
+def _about(session: Session, stock: bool) -> tuple[frozenset[str], bool, bool, int]:
+    """What the card says of the model: the kinds of its units, whether its code travels, whether it is stock; steps."""
+    loaded = session.loaded
+    return loaded.description.kinds, loaded.model.config.model_type in FAMILIES, stock, session.learned_steps
 
 
 def checked_export(run: Run) -> Path:
@@ -216,6 +213,8 @@ def refit_stage(session: Session) -> list[Refit]:
     """Solves the export's output projections anew, in `--refit-rounds`, and writes them in their place: RUN/model,
     refit.json."""
     run, c, loaded = session.run, session.config, session.loaded
+    if not c.steps:
+        raise InputError("this run took --steps 0, so it has no calibration text to refit on")
     plan, _rounding = _planned(session)
     groups, blocks = kept_groups(loaded.description.groups, plan), session.blocks
     student = load_export(session, next(loaded.model.parameters()).dtype)
@@ -302,7 +301,7 @@ def _update(session: Session, tensors: Mapping[str, torch.Tensor], update: str) 
     """Puts other weights into the export, and says so in its card; figures of the earlier weights go."""
     run, (plan, rounding) = session.run, _planned(session)
     updates = [*updates_of(run.model), update]
-    about = _about(session.loaded, _is_stock(run))
+    about = _about(session, _is_stock(run))
     card = model_card(session.config, plan.shape, rounding, None, None, updates, *about)
     rewrite_weights(run.model, tensors, update, {"README.md": card})
     for stale in (run.eval, *run.converted()):
@@ -333,7 +332,8 @@ def eval_stage(session: Session) -> dict[str, Any]:
     results["updates"] = updates_of(run.model)
     if "refit" in results["updates"]:
         results["refit"] = read_json(run.refit, f"secateur refit {run.folder}")
-    results["fixing"] = gates.about.get("fixing")
+    other = gates.asked != (c.sparsity, c.budget)  # size than gates were learned for
+    results |= {"fixing": None if other else gates.about.get("fixing"), "other_size": other}
     results |= {"join": join, "guards": guards}
     if tasks is not None:
         with session.timed("score"):
@@ -345,7 +345,7 @@ def eval_stage(session: Session) -> dict[str, Any]:
     results["seconds"] = read_json(run.timings, "secateur prune")
     write_json(run.eval, results)
     verified = read_json(run.verify, f"secateur verify {run.folder}") if run.verify.exists() else None
-    about = _about(loaded, _is_stock(run))
+    about = _about(session, _is_stock(run))
     card = model_card(c, plan.shape, rounding, results, verified, results["updates"], *about)
     write_text(run.model / "README.md", card)
     return results
@@ -376,9 +376,14 @@ def open_session(folder: Path | str) -> Session:
 def remaining_stages(session: Session) -> dict[str, Any]:
     """All stages that have not been done yet, in order; returns what eval.json holds."""
     run = session.run
+    if run.config.sweep is not None:
+        from secateur.sweep import sweep_stages  # which does all this for a size
+
+        _tasks, _text = session.tasks, _evaluation_windows(session)
+        return sweep_stages(session)
     if not run.gates.exists():
         # What is wrong is better known before learning, and before the model writes itself a text.
-        _ = session.tasks, budget_of(session), _evaluation_windows(session), session.guards
+        _known = session.tasks, budget_of(session), session.given, _evaluation_windows(session), session.guards
         learn_stage(session)
     if not run.plan.exists():
         plan_stage(session)

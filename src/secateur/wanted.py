@@ -1,4 +1,5 @@
-"""What `--budget` says, read: `params=0.7`, `bytes=200MB`. What the kinds count is costs.py's business.
+"""What `--budget` says, read: `params=0.7`, `bytes=200MB`; and `--sweep`, `--pick`. What the kinds count is costs.py's
+business.
 
 The command line and config.yaml read the words before torch is imported, and before any model is known.
 """
@@ -71,11 +72,19 @@ def read_budgets(words: Iterable[str]) -> tuple[Wanted, ...]:
     return tuple(found.values())
 
 
-def what_is_asked(sparsity: float | None, words: Iterable[str]) -> tuple[float | None, tuple[str, ...]]:
+def what_is_asked(
+    sparsity: float | None, words: Iterable[str], sweep: str | None = None
+) -> tuple[float | None, tuple[str, ...]]:
     """`--sparsity` and `--budget`, checked and in their plainest form: a share of the units becomes a sparsity.
 
-    Raises InputError where nothing is asked for, or the same twice.
+    Raises InputError where nothing is asked for, or the same twice. With a `sweep` budgets hold for all of its sizes.
     """
+    if sweep is not None:
+        if sparsity is not None:
+            raise InputError(f"--sweep {sweep} says all sizes, so --sparsity {sparsity:g} contradicts it")
+        for size in read_sweep(sweep):
+            what_is_asked(*asked_by(size, words))
+        return None, tuple(map(str, read_budgets(words)))
     if sparsity is None and not words:
         raise InputError("sparsity: say what to remove, e.g. --sparsity 0.2, or what to keep, e.g. --budget params=0.8")
     if sparsity is not None and not 0 < sparsity < 1:
@@ -87,6 +96,68 @@ def what_is_asked(sparsity: float | None, words: Iterable[str]) -> tuple[float |
     if units is not None and units.share is not None:
         return float(1 - units.share), tuple(str(each) for each in wanted if each is not units)
     return sparsity, tuple(map(str, wanted))
+
+
+SWEPT = Fraction(1, 10)
+"""Between the sizes of a sweep, where nothing else is said."""
+
+
+def read_sweep(said: str) -> tuple[str, ...]:
+    """The sizes of `--sweep`, from the largest model to the smallest, as sparsities (`0.2`) or words of `--budget`
+    (`params=0.8`). Raises InputError for what is none."""
+    kind, _, values = (part.strip() for part in said.rpartition("="))
+    first, *more = [part.strip() for part in values.replace(":", ",").split(",")]
+    try:
+        numbers = [Fraction(part) for part in (first, *more)]
+    except (ValueError, ZeroDivisionError):
+        numbers = []
+    spans = ":" in values
+    if (kind and kind not in KINDS) or not 2 <= len(numbers) <= (3 if spans else 99) or (spans and "," in values):
+        raise InputError(
+            f"--sweep {said}: say 0.1:0.6 for sizes 0.1 apart, 0.1:0.6:0.05, or 0.2,0.35,0.5; or shares to keep of "
+            "what a budget counts, params=0.9:0.5"
+        )
+    if spans:
+        start, end, step = numbers if len(numbers) == 3 else (*numbers, SWEPT)
+        if step <= 0 or start == end or abs(end - start) / step > 99:
+            raise InputError(f"--sweep {said}: from {first} to {more[0]} in steps of {float(step):g} are no sizes")
+        count = ceil(abs(end - start) / step)
+        numbers = [start + (end - start) / abs(end - start) * step * n for n in range(count)] + [end]
+    if len(set(numbers)) < len(numbers) or not all(0 < number < 1 for number in numbers):
+        raise InputError(f"--sweep {said}: sizes are different shares between 0 and 1")
+    return tuple(f"{kind}={float(n):g}" if kind else f"{float(n):g}" for n in sorted(numbers, reverse=bool(kind)))
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What `--pick` asks of a size."""
+
+    kind: str
+    """`loss`, `perplexity`, `time`, or what budgets count."""
+    most: float
+    """Times what the unpruned model has."""
+
+
+PICKED = ("loss", "perplexity", "time", *KINDS)
+
+
+def read_pick(said: str) -> tuple[Condition, ...]:
+    """The conditions of `--pick`. Raises InputError for what is none."""
+    found = []
+    for word in said.split(","):
+        match = re.fullmatch(r"\s*([a-z-]+)\s*<=\s*([0-9]+\.?[0-9]*|\.[0-9]+)\s*", word)
+        if match is None or match[1] not in PICKED:
+            raise InputError(
+                f"--pick {said}: say what may be left of the unpruned model's at most, e.g. loss<=1.05 or "
+                f"perplexity<=1.3,params<=0.8; there are {', '.join(PICKED)}"
+            )
+        found.append(Condition(match[1], float(match[2])))
+    return tuple(found)
+
+
+def asked_by(size: str, words: Iterable[str]) -> tuple[float | None, tuple[str, ...]]:
+    """The sparsity and budgets of one size of a sweep."""
+    return (None, (size, *words)) if "=" in size else (float(size), tuple(words))
 
 
 def _read(word: str) -> Wanted:

@@ -6,9 +6,9 @@ What `--budget` leaves is in costs.py.
 from collections.abc import Iterator, Mapping, Sequence
 from math import ceil, floor
 
-from secateur.config import Tie
 from secateur.files import InputError
 from secateur.policy import Policy, permitted
+from secateur.recipes import Tie
 from secateur.units import Group
 
 
