@@ -261,9 +261,9 @@ def evaluate(options: Eval) -> None:
 
 def bench(options: Bench) -> None:
     """`secateur bench`."""
-    from secateur.bench import bench_run, show
+    from secateur.bench_table import command
 
-    show(console, bench_run(_open(options.run), options, lambda said: console.print(said, markup=False)))
+    command(options, lambda said: console.print(said, markup=False, soft_wrap=True), console)
 
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {

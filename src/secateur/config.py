@@ -154,8 +154,12 @@ class Config:
     `bytes=200MB`). Kinds: `units`, the parameters in units (units=0.7 is --sparsity 0.3); `params`, those that a token
     meets: of a mixture's experts as many as it is routed to; `total-params`, all that are stored, tied ones once;
     `flops` a token, without attention over the context; `kv`, bytes of KV cache a token; `bytes` of the weights, in the
-    checkpoint's dtype. Say it several times for several budgets (`--budget params=0.7 --budget kv=0.5`): all are met,
-    from below, and nothing that was removed would still fit."""
+    checkpoint's dtype; `latency`, the time from a token to the next, and `prefill-latency`, to the first one
+    (`latency=12ms`, `latency@8=0.7` for 8 at a time), as --latency-table predicts it. Say it several times for several
+    budgets (`--budget params=0.7 --budget kv=0.5`): all are met, from below, and nothing that was removed would still
+    fit."""
+    latency_table: Path | None = None
+    """Times of the model's sublayers, as `secateur bench MODEL --table FILE` measures them; RUN keeps a copy."""
     method: Method = "deterministic"
     """How the units to keep are found. `deterministic` is the method of the paper; the others are baselines over the
     same units, budget and text. Gates are learned otherwise with `hard-concrete` (noise), `hard-concrete-deterministic`
@@ -273,7 +277,8 @@ class Config:
 
     def __post_init__(self) -> None:
         """Raises InputError for settings that are out of range or contradict each other."""
-        self.sparsity, self.budget = what_is_asked(self.sparsity, self.budget)
+        timed = self.latency_table is not None
+        self.sparsity, self.budget = what_is_asked(self.sparsity, self.budget, timed)
         if self.per == "kind" and self.sparsity is None:
             raise InputError("--per kind asks for the same share of every kind, so it needs --sparsity; leave it out")
         if self.method == "flap" and (said := [w for w in self.budget if w.startswith(("params", "total", "bytes"))]):

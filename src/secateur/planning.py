@@ -23,6 +23,7 @@ from secateur.plan import Plan, Rounding, make_plan
 from secateur.policy import policy_of
 from secateur.session import Session
 from secateur.slicing import added_biases
+from secateur.wanted import TIMES
 
 SHAPES = ("ragged", "uniform", "padded", "aligned:32", "aligned:64", "aligned:128", "tp:2")
 """What `--compare` compares."""
@@ -53,7 +54,10 @@ def held(session: Session, plan: Plan) -> Iterator[dict[str, Any]]:
         found = b.cost([sizes[g.name].units for g in groups])
         assert found <= b.allowed, f"the plan has {found} of {b.name}, which {b.allowed} bounds"
         dense, planned = (round(cost / b.scale) for cost in (b.dense, found))
-        yield {"budget": str(b.wanted), "counts": b.wanted.counts, "bound": b.most, "dense": dense, "pruned": planned}
+        by = {"predicted_by": session.latency.said} if b.wanted.kind in TIMES else {}
+        yield {
+            "budget": str(b.wanted), "counts": b.wanted.counts, "bound": b.most, "dense": dense, "pruned": planned, **by
+        }  # fmt: skip
 
 
 def said(rounding: Rounding) -> str:

@@ -17,6 +17,7 @@ from secateur.data import SELF, Blocks, load_blocks
 from secateur.evaluate import mean_loss
 from secateur.files import InputError, read_json, write_json
 from secateur.gates import architecture_fingerprint
+from secateur.latency import LatencyTable, read_table
 from secateur.load import Loaded, autocast, load
 from secateur.optimise import Step
 from secateur.recover import RecoveryStep
@@ -133,6 +134,13 @@ class Session:
     def architecture(self) -> str:
         """Fingerprint that ties gates and plan to the model's shapes."""
         return architecture_fingerprint(self.loaded.description.groups, self.loaded.description.shapes)
+
+    @cached_property
+    def latency(self) -> LatencyTable:
+        """The run's latency table. Raises InputError where it is of another model."""
+        table = read_table(self.run.latency)
+        table.check_model(self.loaded.description, self.config.latency_table or self.run.latency)
+        return table
 
     def held_out_loss(
         self, gates: Mapping[str, torch.Tensor] | None, means: Mapping[str, torch.Tensor] | None = None
