@@ -145,7 +145,7 @@ class Stand:
     def said(self) -> dict[str, Any]:
         """The settings, for a file."""
         own = [f.name for f in fields(Settings) if f.name != "python"]
-        return {name: getattr(self.settings, name) for name in own}
+        return {name: getattr(self.settings, name) for name in own} | {"batch_sizes": self.options["batch_sizes"]}
 
     def prepared(self, name: str, model: str, trust: bool) -> str:
         """What the runtime loads: the checkpoint, or what is made of it."""

@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from rich.console import Console
+from transformers import PreTrainedModel
 
 from secateur.bench import Stand, bench_run, machine, show, stand_for
 from secateur.describe import Description
@@ -34,7 +35,7 @@ from secateur.latency import (
     seconds_of,
     write_table,
 )
-from secateur.load import Loaded, describe_pretrained, load
+from secateur.load import describe_pretrained, read_model
 from secateur.measure import Bench, Settings, measure
 from secateur.plan import Plan
 from secateur.policy import permitted, permitted_pairs, policy_of
@@ -95,11 +96,10 @@ def measure_table(
     alike = [Alike(groups) for groups in _alike(description)]
     with TemporaryDirectory(prefix="bench-", dir=path.absolute().parent) as folder:
         stand = stand_for(settings, config, cost_of(whole), Path(folder), hear)
-        dtype = str(own).removeprefix("torch.")
-        trust, units, unit = asked.trust_remote_code, asked.units, asked.attention_unit
-        loaded = load(asked.model, "cpu", dtype, trust, None, units, unit)
+        trust = asked.trust_remote_code
+        model = read_model(asked.model, config, own, trust).eval().requires_grad_(False)
         with stand.worker("dense", stand.prepared("dense", asked.model, trust), trust) as dense:
-            timed = Timed(stand, loaded, dense, dense.loaded())
+            timed = Timed(stand, model, description, dense, dense.loaded())
             for one, widths in _variants(alike, str(policy)):
                 _time(one, widths, timed, description, str(policy))
             random_widths = _random_widths(description, str(policy))
@@ -185,7 +185,8 @@ class Timed:
     """An unpruned model that runs, and whatever was timed against it."""
 
     stand: Stand
-    loaded: Loaded
+    model: PreTrainedModel
+    description: Description
     dense: Worker
     about: Mapping[str, object]
     whole: dict[At, list[float]] = field(default_factory=dict)
@@ -195,7 +196,7 @@ class Timed:
         """What the model of a plan takes as a share of what the unpruned one takes."""
         stand, settings = self.stand, self.stand.settings
         folder = stand.scratch / "narrow"
-        export(self.loaded.model, None, self.loaded.description, plan, folder)
+        export(self.model, None, self.description, plan, folder)
         quiet = replace(stand, hear=lambda _: None)
         with quiet.worker("narrow", quiet.prepared("narrow", str(folder), True), True) as worker:
             worker.loaded()

@@ -94,7 +94,7 @@ class Uneven:
         as much as its highest score says."""
         mean_B = mean_G[self.group_B]
         beyond_B = (mean_B * self.units_B - self.start_B).clamp(min=0) - mean_B * (self.units_B - self.start_B)
-        opened_C = self.opening_CG @ (highest_G - mean_G)
+        opened_C = (self.opening_CG * (highest_G - mean_G)).sum(1)  # autocast would round a matrix product
         return opened_C.index_add(0, self.bound_B, self.change_B * beyond_B)
 
 
