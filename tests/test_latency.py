@@ -13,6 +13,7 @@ import torch
 
 from runs import complaint, prune_arguments, same_gates, secateur, write_checkpoint
 from secateur import bench_table, measure
+from secateur.bench import machine
 from secateur.bench_table import Asked, curve, measure_table, narrowed, rising, widths_of
 from secateur.budget import largest_that_fits, make_budget
 from secateur.config import Config, auto_recipe
@@ -71,7 +72,7 @@ def table_of(description, shapes=("falling off", "rising faster", "straight"), w
     about = {"device": "cpu", "threads": 1, "implementation": "LlamaForCausalLM", "versions": {}}
     return LatencyTable(
         TABLE_FORMAT, "a model", architecture_fingerprint((), description.shapes), None, "ragged", "transformers",
-        "float32", settings, {"cpu": measure.processor(), "cores": 2}, about, tuple(alike),
+        "float32", settings, machine(), about, tuple(alike),
         {"latency": found, "prefill-latency": {b: replace(t, whole=2 * t.whole) for b, t in found.items()}}, {},
     )  # fmt: skip
 
@@ -83,13 +84,10 @@ def summed(table, sizes, kind="latency", batch=1):
     for s, seconds in zip(table.sublayers, times.sublayers, strict=True):
         for name in s.groups:
             stored = sizes[name]
-            if 0 < stored < s.stored[1]:  # below the first width that was timed, along the line through the first two
-                slope = (seconds[2] - seconds[1]) / (s.stored[2] - s.stored[1])
-                found = max(seconds[1] - slope * (s.stored[1] - stored), seconds[1] * stored / s.stored[1])
-                slope_is_too_steep = seconds[1] < slope * s.stored[1]
-                found = seconds[1] * stored / s.stored[1] if slope_is_too_steep else found
-            else:
-                found = float(np.interp(stored, s.stored, seconds))
+            found = float(np.interp(stored, s.stored, seconds))
+            if 0 < stored < s.stored[1]:  # on the line through the first two widths, unless it falls below 0
+                line = np.polynomial.Polynomial.fit(s.stored[1:3], seconds[1:3], 1)
+                found = float(line(stored)) if line(0) >= 0 else found
             total += found - seconds[-1]
     return total
 
@@ -346,27 +344,28 @@ class Scripted:
     something for any attention and any MLP; of all something more."""
 
     def __init__(self, folder):
-        self.sizes = {}
+        self.head, self.sizes = json.loads((folder / "config.json").read_text())["head_dim"], {}
         for file in folder.glob("*.safetensors"):
             raw = file.read_bytes()
             header = json.loads(raw[8 : 8 + struct.unpack("<Q", raw[:8])[0]])
             self.sizes |= {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
 
     def rows(self, name):
-        return [
-            size[0] // (8 if "self_attn" in name else 1) for n, size in self.sizes.items() if f".{name}.weight" in n
-        ]
+        unit = self.head if "self_attn" in name else 1
+        return [size[0] // unit for n, size in self.sizes.items() if f".{name}.weight" in n]
 
     def seconds(self):
         heads, keys, channels = (self.rows(n) for n in ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj"))
         attention = sum(2e-3 + 1e-3 * h for h in heads) + sum(3e-4 * k for k in keys)
         return 0.05 + attention + sum(1e-3 + 2e-4 * c + (1e-4 * (c - 20) if c > 20 else 0.0) for c in channels)
 
-    def ask(self, do, batch, prompt_tokens, new_tokens, seed):
+    def ask(self, do, batch=1, prompt_tokens=1, **_):
+        if do != "measure":
+            return {"peak_bytes": 1, "device_bytes": 10**12} if do == "memory" else {}
         return {"decode": batch / self.seconds(), "prefill": batch * prompt_tokens / (3 * self.seconds())}
 
     def loaded(self):
-        return {"device": "cpu", "threads": 1, "implementation": "scripted", "versions": {}}
+        return {"device": "cpu", "threads": 1, "implementation": "LlamaForCausalLM", "versions": {}}
 
     def __enter__(self):
         return self
@@ -461,7 +460,7 @@ def arguments(model, data, out, table, *budgets, **options):
 
 
 def test_a_run_within_two_budgets_keeps_its_table_and_bench_sets_measured_beside_predicted(
-    grouped, text, table, tmp_path, capsys
+    scripted, grouped, text, table, tmp_path, capsys
 ):
     run = tmp_path / "run"
     assert secateur(*arguments(grouped, text, run, tmp_path / "table.json", "latency=0.8", "kv=0.5")) == 0
@@ -474,19 +473,21 @@ def test_a_run_within_two_budgets_keeps_its_table_and_bench_sets_measured_beside
     assert (
         first["pruned"] == round(1e6 * summed(table, sizes)) <= first["bound"] == 80_000 and first["dense"] == 100_000
     )
-    assert first["predicted_by"] == table.said and second["budget"] == "kv=0.5"
+    assert first["predicted_for"] == f"1 at a time, 12 + 4 tokens, {table.said}" and second["budget"] == "kv=0.5"
     assert json.loads((run / "verify.json").read_text())["passed"]
-    size = ("--prompt-tokens", "12", "--new-tokens", "4", "--rounds", "1", "--batch-sizes", "1", "--threads", "1")
+    size = ("--prompt-tokens", "12", "--new-tokens", "4", "--rounds", "1", "--batch-sizes", "1", "2", "--threads", "1")
     capsys.readouterr()
     assert secateur("bench", run, *size) == 0
     results, said = json.loads((run / "bench-transformers.json").read_text()), " ".join(capsys.readouterr().out.split())
     prefill, decode = results["predicted"]["rows"]
     assert (prefill["budget"], decode["budget"]) == ("prefill-latency", "latency")
-    assert decode["predicted"]["pruned"] == pytest.approx(summed(table, sizes)) and decode["measured"]["pruned"] < 0.08
-    timing = next(t for t in results["timings"] if t["metric"] == "decode")
-    assert decode["measured"]["pruned"] == pytest.approx(1 / timing["pruned"]["median"])
-    assert decode["error"] == pytest.approx(decode["predicted"]["pruned"] / decode["measured"]["pruned"] - 1)
-    assert "latency, 1 at a time: a decode step was predicted to take" in said
+    seconds, measured = summed(table, sizes), Scripted(run / "model").seconds()
+    assert decode["predicted"]["pruned"] == pytest.approx(seconds) and decode["predicted"]["dense"] == 0.1
+    assert decode["measured"] == pytest.approx({"dense": Scripted(grouped).seconds(), "pruned": measured})
+    assert prefill["measured"]["pruned"] == pytest.approx(3 * measured)
+    assert decode["error"] == pytest.approx(seconds / measured - 1)
+    told = f"a decode step was predicted to take {1e3 * seconds:.2f} ms and took {1e3 * measured:.2f} ms"
+    assert f"latency, 1 at a time: {told} ({decode['error']:+.1%};" in said
     results["settings"]["prompt_tokens"] = 13
     description = open_session(run).loaded.description
     other = against_measured(table, description, list(sizes.values()), results)

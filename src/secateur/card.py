@@ -55,8 +55,10 @@ def _budget_rows(budgets: Sequence[Mapping[str, Any]]) -> list[Row]:
     for b in budgets:
         counts = b["counts"].removeprefix("bytes of ").removeprefix("microseconds ")
         bound, dense, pruned = (_amount(b, b[name]) for name in ("bound", "dense", "pruned"))
-        rows.append((f"budget {b['budget']}: at most {bound} {counts}", dense, pruned,
-                     f"{b['pruned'] / b['bound']:.1%} of it"))  # fmt: skip
+        label = f"budget {b['budget']}: at most {bound} {counts}"
+        if "predicted_for" in b:
+            label += f", predicted for {b['predicted_for']}"
+        rows.append((label, dense, pruned, f"{b['pruned'] / b['bound']:.1%} of it"))
     return rows
 
 

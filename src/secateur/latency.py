@@ -104,17 +104,24 @@ class LatencyTable:
         """What was run, in words."""
         return f"{self.settings['prompt_tokens']} + {self.settings['new_tokens']} tokens"
 
+    def conditions(self, wanted: Wanted) -> str:
+        """What a budget on time holds for, in words."""
+        return f"{self.batch_of(wanted)} at a time, {self.tokens}, {self.said}"
+
+    def batch_of(self, wanted: Wanted) -> int:
+        """The batch size that a budget is on."""
+        return wanted.batch or next(iter(self.times[wanted.kind]))
+
     def bound(self, description: Description, wanted: Wanted) -> Bound:
         """A budget on the time that the model of a description takes. Raises InputError for one that the table has no
         times for."""
-        by_batch = self.times[wanted.kind]
-        if wanted.batch is not None and wanted.batch not in by_batch:
-            sizes = ", ".join(map(str, by_batch))
+        times = self.times[wanted.kind].get(self.batch_of(wanted))
+        if times is None:
+            sizes = ", ".join(map(str, self.times[wanted.kind]))
             raise InputError(
                 f"--budget {wanted}: the latency table has batch sizes {sizes}; `secateur bench MODEL --table FILE "
                 f"--batch-sizes {wanted.batch}` measures another"
             )
-        times = by_batch[wanted.batch or next(iter(by_batch))]
         curves = {name: (s.stored, seconds) for s, seconds in zip(self.sublayers, times.sublayers, strict=True)
                   for name in s.groups}  # fmt: skip
         costs = tuple(priced(*curves[g.name]) for g in description.groups)
@@ -235,7 +242,9 @@ def against_measured(
                      "pruned": table.predicted(description, stored, kind, batch)}  # fmt: skip
         rows.append({"budget": kind, "metric": timing["metric"], "batch_size": batch, "predicted": predicted,
                      "measured": measured, "error": predicted["pruned"] / measured["pruned"] - 1})  # fmt: skip
-    return {"table": table.said, "differs": [], "rows": rows}
+    sizes = ", ".join(map(str, table.times["latency"]))
+    differs = [] if rows else [f"batch sizes {sizes} in the table, others here"]
+    return {"table": table.said, "differs": differs, "rows": rows}
 
 
 def seconds_of(timing: Mapping[str, Any], name: str, settings: Mapping[str, Any]) -> float:

@@ -54,7 +54,7 @@ def held(session: Session, plan: Plan) -> Iterator[dict[str, Any]]:
         found = b.cost([sizes[g.name].units for g in groups])
         assert found <= b.allowed, f"the plan has {found} of {b.name}, which {b.allowed} bounds"
         dense, planned = (round(cost / b.scale) for cost in (b.dense, found))
-        by = {"predicted_by": session.latency.said} if b.wanted.kind in TIMES else {}
+        by = {"predicted_for": session.latency.conditions(b.wanted)} if b.wanted.kind in TIMES else {}
         yield {
             "budget": str(b.wanted), "counts": b.wanted.counts, "bound": b.most, "dense": dense, "pruned": planned, **by
         }  # fmt: skip
@@ -68,6 +68,7 @@ def said(rounding: Rounding) -> str:
     )
     lines = (
         f"budget {b['budget']}: {b['pruned']:,} of at most {b['bound']:,} {b['counts']} ({b['dense']:,} unpruned)"
+        + (f", predicted for {b['predicted_for']}" if "predicted_for" in b else "")
         for b in rounding.budgets
     )
     return "\n".join([first, *lines])
