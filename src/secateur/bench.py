@@ -7,7 +7,8 @@ the processes that hold the models in workers/.
 import contextlib
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,10 +19,14 @@ from transformers import PreTrainedConfig
 from secateur.bench_report import draw
 from secateur.bench_report import show as show
 from secateur.files import InputError, write_json
+from secateur.gates import architecture_fingerprint, load_gates
 from secateur.ideal import Cost, Ideal, cost_of, eaten, ideals, odd_widths
+from secateur.latency import against_measured, read_table
 from secateur.load import describe_pretrained
 from secateur.measure import Measured, Settings, Timing, measure, processor
+from secateur.plan import load_plan
 from secateur.run import Run
+from secateur.slicing import pruned_shapes
 from secateur.stages import checked_export
 from secateur.workers.parent import Worker
 
@@ -44,11 +49,33 @@ def bench_run(run: Run, settings: Settings, hear: Callable[[str], None] = lambda
     """Times the export of a run against its unpruned model; returns what bench-RUNTIME.json holds."""
     settings.check()
     pruned, dense, trust = checked_export(run), run.config.model, run.config.trust_remote_code
+    predict = prediction_of(run)
     with TemporaryDirectory(prefix="bench-", dir=run.folder) as scratch:
         results = bench(dense, str(pruned), settings, Path(scratch), hear, trust_remote_code=trust)
+    if predict is not None:
+        results["predicted"] = predict(results)
     write_json(run.folder / f"bench-{settings.runtime}.json", results)
     hear(draw(results, run.folder / f"bench-{settings.runtime}.png"))
     return results
+
+
+def prediction_of(run: Run) -> Callable[[Mapping[str, Any]], dict[str, Any]] | None:
+    """What sets the prediction of the run's latency table beside measured results; None where the run has no table."""
+    if not run.latency.exists():
+        return None
+    c, table = run.config, read_table(run.latency)
+    dense, _ = describe_pretrained(c.model, c.trust_remote_code, c.attention_unit)
+    description = dense.only(c.units).keeping(c.keep) if c.keep else dense.only(c.units)
+    table.check_model(description, run.latency)
+    groups = description.groups
+    architecture = architecture_fingerprint(groups, description.shapes)
+    plan, _ = load_plan(run.plan, groups, architecture)
+    plan = replace(plan, means=load_gates(run.gates, groups, architecture).means)
+    exported, _ = describe_pretrained(str(checked_export(run)), True)
+    if exported.shapes != pruned_shapes(description, plan):
+        raise InputError(f"{run.model} was exported from another plan; run `secateur export {run.folder}` first")
+    sizes = plan.sizes(groups)
+    return partial(against_measured, table, description, [sizes[g.name].units for g in groups])
 
 
 def bench(
@@ -68,32 +95,20 @@ def bench(
     names, trust = {"dense": dense, "pruned": pruned}, {"dense": trust_remote_code, "pruned": True}
     described = {name: describe_pretrained(model, trust[name]) for name, model in names.items()}
     costs = {name: cost_of(description) for name, (description, _) in described.items()}
-    _check_positions(settings, described["pruned"][1])
-    dtype = _dtype(settings, described["pruned"][1])
-    weight_bytes = 34 / 32 if dtype == "q8_0" else getattr(torch, dtype).itemsize
-    kv_bytes = 2 if settings.runtime == "llamacpp" else weight_bytes  # llama.cpp caches in float16
-    options = {
-        "runtime": settings.runtime, "dtype": dtype, "threads": settings.threads, "eager": settings.eager,
-        "batch_sizes": list(settings.batch_sizes), "prompt_tokens": settings.prompt_tokens,
-        "new_tokens": settings.new_tokens, "vocabulary": described["pruned"][1].vocab_size,
-        "kv_cache_bytes": _cache_bytes(settings, costs["dense"], kv_bytes),
-    }  # fmt: skip
-    files = {name: _prepared(name, model, trust[name], settings, dtype, scratch, hear) for name, model in names.items()}
+    stand = stand_for(settings, described["pruned"][1], costs["dense"], scratch, hear)
+    dtype, weight_bytes, kv_bytes = stand.options["dtype"], stand.weight_bytes, stand.kv_bytes
+    files = {name: stand.prepared(name, model, trust[name]) for name, model in names.items()}
     with contextlib.ExitStack() as stack:
         workers: dict[str, Worker] = {}
         about: dict[str, dict[str, Any]] = {}
         for name, file in files.items():  # one after the other, so that their peaks of loading do not add up
-            hear(f"loading the {name} model")
-            own = options | {"model": file, "trust_remote_code": trust[name]}
-            module = f"secateur.workers.{WORKERS[settings.runtime]}"
-            workers[name] = stack.enter_context(
-                Worker(module, name, own, timeout=settings.timeout, python=settings.python)
-            )
+            workers[name] = stack.enter_context(stand.worker(name, file, trust[name]))
             about[name] = workers[name].loaded()
         profiled = {"layers": described["dense"][0].layers} if settings.runtime in PROFILED else None
         measured = measure(workers, settings, hear, profiled)
+        cache = stand.options["kv_cache_bytes"]
         for name, worker in workers.items():
-            about[name] |= _memory(worker.ask("memory"), costs[name], weight_bytes, kv_bytes, options["kv_cache_bytes"])
+            about[name] |= _memory(worker.ask("memory"), costs[name], weight_bytes, kv_bytes, cache)
     for name, cost in costs.items():
         odd = {str(block): groups for block, groups in odd_widths(cost).items()}
         about[name] |= {"parameters": cost.parameters, "odd_widths": odd, "widths": len(cost.widths)}
@@ -101,14 +116,83 @@ def bench(
         "format": BENCH_FORMAT,
         "runtime": settings.runtime,
         "dtype": dtype,
-        "settings": {k: v for k, v in asdict(settings).items() if k not in ("run", "python")},
-        "machine": _machine(),
+        "settings": stand.said,
+        "machine": machine(),
         **about,
         "timings": list(_rows(measured, costs, settings, weight_bytes, kv_bytes)),
     }
 
 
 # --- before ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stand:
+    """How checkpoints come to be timed in a runtime."""
+
+    settings: Settings
+    options: Mapping[str, Any]
+    """What all workers are told."""
+    weight_bytes: float
+    """Of a value in the weights."""
+    kv_bytes: float
+    """Of a value in the cache."""
+    scratch: Path
+    """Where a runtime's own form of a checkpoint goes."""
+    hear: Callable[[str], None]
+
+    @property
+    def said(self) -> dict[str, Any]:
+        """The settings, for a file."""
+        own = [f.name for f in fields(Settings) if f.name != "python"]
+        return {name: getattr(self.settings, name) for name in own} | {"batch_sizes": self.options["batch_sizes"]}
+
+    def prepared(self, name: str, model: str, trust: bool) -> str:
+        """What the runtime loads: the checkpoint, or what is made of it."""
+        runtime, dtype = self.settings.runtime, self.options["dtype"]
+        checkpoint = Path(model).expanduser()
+        read_as_it_is = runtime == "transformers" or checkpoint.is_dir()
+        if not read_as_it_is and (runtime == "llamacpp" or checkpoint.suffix == ".gguf"):
+            from secateur.equivalence import write_dense
+            from secateur.load import load
+
+            self.hear(f"writing the {name} model as a checkpoint")
+            checkpoint = self.scratch / name
+            stored = "float32" if dtype == "q8_0" else dtype
+            write_dense(load(model, "cpu", stored, trust), checkpoint, getattr(torch, stored))
+        if runtime == "llamacpp":
+            from secateur.gguf_file import write_gguf
+
+            self.hear(f"writing the {name} model as a GGUF file")
+            file = self.scratch / f"{name}.gguf"
+            kind = {"float32": "f32", "float16": "f16"}.get(dtype, dtype)
+            write_gguf(checkpoint, file, kind, tokenizer=False)
+            return str(file)
+        return str(checkpoint) if checkpoint.exists() else model
+
+    def worker(self, name: str, file: str, trust: bool) -> Worker:
+        """A process that loads what was prepared."""
+        self.hear(f"loading the {name} model")
+        own = {**self.options, "model": file, "trust_remote_code": trust}
+        module = f"secateur.workers.{WORKERS[self.settings.runtime]}"
+        return Worker(module, name, own, timeout=self.settings.timeout, python=self.settings.python)
+
+
+def stand_for(
+    settings: Settings, config: PreTrainedConfig, dense: Cost, scratch: Path, hear: Callable[[str], None]
+) -> Stand:
+    """How models of a configuration are timed, whose unpruned one costs so much on paper."""
+    _check_positions(settings, config)
+    dtype = _dtype(settings, config)
+    weight_bytes = 34 / 32 if dtype == "q8_0" else getattr(torch, dtype).itemsize
+    kv_bytes = 2 if settings.runtime == "llamacpp" else weight_bytes  # llama.cpp caches in float16
+    options = {
+        "runtime": settings.runtime, "dtype": dtype, "threads": settings.threads, "eager": settings.eager,
+        "batch_sizes": list(settings.batch_sizes), "prompt_tokens": settings.prompt_tokens,
+        "new_tokens": settings.new_tokens, "vocabulary": config.vocab_size,
+        "kv_cache_bytes": _cache_bytes(settings, dense, kv_bytes),
+    }  # fmt: skip
+    return Stand(settings, options, weight_bytes, kv_bytes, scratch, hear)
 
 
 def _check_positions(settings: Settings, config: PreTrainedConfig) -> None:
@@ -131,31 +215,6 @@ def _cache_bytes(settings: Settings, dense: Cost, kv_bytes: float) -> int:
     """Room for twice the largest batch of the unpruned model: what both models get, where a runtime has to be told."""
     blocks = -(-(settings.prompt_tokens + settings.new_tokens + 1) // CACHE_BLOCK) + 1
     return int(2 * max(settings.batch_sizes) * blocks * CACHE_BLOCK * dense.kv_values * kv_bytes)
-
-
-def _prepared(
-    name: str, model: str, trust: bool, settings: Settings, dtype: str, scratch: Path, hear: Callable[[str], None]
-) -> str:
-    """What the runtime loads: the checkpoint, or what is made of it."""
-    checkpoint = Path(model).expanduser()
-    read_as_it_is = settings.runtime == "transformers" or checkpoint.is_dir()
-    if not read_as_it_is and (settings.runtime == "llamacpp" or checkpoint.suffix == ".gguf"):
-        from secateur.equivalence import write_dense
-        from secateur.load import load
-
-        hear(f"writing the {name} model as a checkpoint")
-        checkpoint = scratch / name
-        stored = "float32" if dtype == "q8_0" else dtype
-        write_dense(load(model, "cpu", stored, trust), checkpoint, getattr(torch, stored))
-    if settings.runtime == "llamacpp":
-        from secateur.gguf_file import write_gguf
-
-        hear(f"writing the {name} model as a GGUF file")
-        file = scratch / f"{name}.gguf"
-        kind = {"float32": "f32", "float16": "f16"}.get(dtype, dtype)
-        write_gguf(checkpoint, file, kind, tokenizer=False)
-        return str(file)
-    return str(checkpoint) if checkpoint.exists() else model
 
 
 # --- after -----------------------------------------------------------------------------------------------------------
@@ -201,6 +260,6 @@ def _mixed(measured: Measured, timing: Timing, found: Mapping[str, Ideal], setti
     return {"speedup": speedup, "by": "both"}
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
     """What it was measured on."""
     return {"cpu": processor(), "cores": os.cpu_count()}

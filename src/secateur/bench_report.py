@@ -9,6 +9,7 @@ from rich.table import Table
 
 from secateur.card import human
 from secateur.files import replacing
+from secateur.latency import lines as predictions
 from secateur.measure import UNITS
 
 NEGLIGIBLE = 0.005
@@ -49,6 +50,7 @@ def lines(results: Mapping[str, Any]) -> Iterator[str]:
     for row in results["timings"]:
         if "eaten" in row:
             yield _eaten(row)
+    yield from predictions(results.get("predicted", {"differs": [], "rows": []}))
     odd = results["pruned"]["odd_widths"]
     dense = results["dense"]["odd_widths"]
     for block in sorted(odd, key=int, reverse=True):

@@ -13,7 +13,7 @@ from math import floor, prod
 
 import torch
 
-from secateur.costs import Bound, stored_when_empty, widths_within
+from secateur.costs import Bound, Uneven, stored_when_empty, widths_within
 from secateur.describe import Description
 from secateur.files import InputError
 from secateur.knapsack import fitting, in_turn, prices
@@ -82,8 +82,7 @@ class Budget:
             self.constraint_M, self.unit_M = spread_CN.nonzero(as_tuple=True)
             cost_M = spread_CN[self.constraint_M, self.unit_M]
             allowed_C = torch.tensor([b.allowed - b.fixed for b in self.bounds], device=device)
-            opening_CG = torch.tensor([[c.opening for c in b.costs] for b in self.bounds], device=device)
-            self.opening_CG = (opening_CG / cost_CG.sum(1, keepdim=True)).float()
+            self.uneven = Uneven(self.bounds, units_G, cost_CG.sum(1))
         total_C = torch.zeros_like(allowed_C, dtype=cost_M.dtype).index_add(0, self.constraint_M, cost_M)
         self.weight_M = (cost_M / total_C[self.constraint_M]).float()
         """Share of its constraint's cost that a unit holds."""
@@ -112,14 +111,14 @@ class Budget:
         return self.mean(self.entries(score_N)) + self.excess(score_N)
 
     def excess(self, score_N: torch.Tensor) -> torch.Tensor:
-        """What s̄ misses, shape (C,): its mean spreads over all units what opens a sublayer, which costs as much as the
-        highest score says. A figure without gradient: all units of a sublayer feel the mean's alike."""
+        """What s̄ misses, shape (C,): its mean spreads over all units of a sublayer what opens it, and what bends. A
+        figure without gradient: they feel the mean's alike."""
         if not self.bounds:
             return torch.zeros_like(self.target_C)
         score_N, none_G = score_N.detach(), torch.zeros(len(self.groups), device=score_N.device)
         highest_G = none_G.scatter_reduce(0, self.group_N, score_N, "amax")
         mean_G = none_G.scatter_reduce(0, self.group_N, score_N, "mean", include_self=False)
-        return self.opening_CG @ (highest_G - mean_G)
+        return self.uneven.missed(mean_G, highest_G)
 
     def per_cost(self, value_N: torch.Tensor) -> torch.Tensor:
         """What units are worth for what they cost, shape (N,): for a share of the units' parameters, or of the budgets

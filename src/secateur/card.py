@@ -64,10 +64,20 @@ def _budget_rows(budgets: Sequence[Mapping[str, Any]]) -> list[Row]:
     """A row a budget: what the models have of what it counts, and how much of it is spent."""
     rows: list[Row] = []
     for b in budgets:
-        unit = {"kv": "B", "bytes": "B", "flops": "FLOP"}.get(b["budget"].partition("=")[0], "")
-        bound = f"budget {b['budget']}: at most {human(b['bound'], unit)} {b['counts'].removeprefix('bytes of ')}"
-        rows.append((bound, human(b["dense"], unit), human(b["pruned"], unit), f"{b['pruned'] / b['bound']:.1%} of it"))
+        counts = b["counts"].removeprefix("bytes of ").removeprefix("microseconds ")
+        bound, dense, pruned = (_amount(b, b[name]) for name in ("bound", "dense", "pruned"))
+        label = f"budget {b['budget']}: at most {bound} {counts}"
+        if "predicted_for" in b:
+            label += f", predicted for {b['predicted_for']}"
+        rows.append((label, dense, pruned, f"{b['pruned'] / b['bound']:.1%} of it"))
     return rows
+
+
+def _amount(budget: Mapping[str, Any], count: float) -> str:
+    """So much of what a budget counts."""
+    if budget["counts"].startswith("microseconds"):
+        return f"{count / 1e3:,.2f} ms"
+    return human(count, {"kv": "B", "bytes": "B", "flops": "FLOP"}.get(budget["budget"].partition("=")[0], ""))
 
 
 def _task_rows(tasks: Mapping[str, Any]) -> list[Row]:

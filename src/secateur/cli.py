@@ -255,9 +255,9 @@ def evaluate(options: Eval) -> None:
 
 def bench(options: Bench) -> None:
     """`secateur bench`."""
-    from secateur.bench import bench_run, show
+    from secateur.bench_table import command
 
-    show(console, bench_run(_open(options.run), options, lambda said: console.print(said, markup=False)))
+    command(options, lambda said: console.print(said, markup=False, soft_wrap=True), console)
 
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
@@ -279,13 +279,9 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
 
 
 def _open(folder: Path, sweeps: bool = False) -> "Run":
-    from secateur.run import open_run
+    from secateur.run import open_one, open_run
 
-    run = open_run(folder)
-    if run.config.sweep is not None and not sweeps:
-        found = ", ".join(sorted(path.parent.name for path in run.sizes.glob("*/gates.safetensors"))) or "not there yet"
-        raise InputError(f"{folder} is a sweep over sizes ({found}), each a run of its own: say {run.sizes}/SIZE")
-    return run
+    return open_run(folder) if sweeps else open_one(folder)
 
 
 def _open_with(options: Any) -> "Run":

@@ -45,8 +45,12 @@ class Config:
     `bytes=200MB`). Kinds: `units`, the parameters in units (units=0.7 is --sparsity 0.3); `params`, those that a token
     meets: of a mixture's experts as many as it is routed to; `total-params`, all that are stored, tied ones once;
     `flops` a token, without attention over the context; `kv`, bytes of KV cache a token; `bytes` of the weights, in the
-    checkpoint's dtype. Say it several times for several budgets (`--budget params=0.7 --budget kv=0.5`): all are met,
-    from below, and nothing that was removed would still fit."""
+    checkpoint's dtype; `latency`, the time from a token to the next, and `prefill-latency`, to the first one
+    (`latency=12ms`, `latency@8=0.7` for 8 at a time), as --latency-table predicts it. Say it several times for several
+    budgets (`--budget params=0.7 --budget kv=0.5`): all are met, from below, and nothing that was removed would still
+    fit."""
+    latency_table: Path | None = None
+    """Times of the model's sublayers, as `secateur bench MODEL --table FILE` measures them; RUN keeps a copy."""
     sweep: str | None = None
     """Learn several sizes in one run, in the place of `--sparsity`: `0.1:0.6` (0.1 apart), `0.1:0.6:0.05`, `0.2,0.35`,
     or shares to keep, `params=0.9:0.5`. Each goes on from the next larger one and lies in it, for a part of the steps,
@@ -178,7 +182,8 @@ class Config:
 
     def __post_init__(self) -> None:
         """Raises InputError for settings that are out of range or contradict each other."""
-        self.sparsity, self.budget = what_is_asked(self.sparsity, self.budget, self.sweep)
+        timed = self.latency_table is not None
+        self.sparsity, self.budget = what_is_asked(self.sparsity, self.budget, timed, self.sweep)
         if self.per == "kind" and not self.by_sparsity:
             raise InputError("--per kind asks for the same share of every kind, so it needs --sparsity; leave it out")
         if self.method == "flap" and (said := [w for w in self.budget if w.startswith(("params", "total", "bytes"))]):

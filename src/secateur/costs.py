@@ -2,8 +2,11 @@
 
 The cost of a model is what stays whole, plus for each group a function of how many of its units are stored. It is
 linear but for one step: parameters that serve all units of a sublayer (a latent's maps, keys of multi-query attention,
-norms) go with the last unit. `Cost.at` is all that the rest sees of it, so that a budget may count anything that is a
-sum over sublayers. Learning sees the step by its largest score (budget.Budget.excess), fitting takes it in whole.
+norms) go with the last unit. Times that were measured (latency.py) bend besides. `Cost.at` is all that the rest sees of
+it, so that a budget may count anything that is a sum over sublayers. Fitting takes it as it is; learning spreads it
+over the units evenly, and sees what that misses as a figure (`Uneven`).
+
+Shape suffixes: C constraints, G groups, B bends.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,6 +15,7 @@ from fractions import Fraction
 from math import ceil, lcm, prod
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from secateur.describe import Description
@@ -30,10 +34,15 @@ class Cost:
     unit: int
     opening: int = 0
     """What goes with the last unit only."""
+    bends: tuple[tuple[int, int], ...] = ()
+    """(units, how much more each unit beyond so many costs): measured times are not straight. Costs never fall."""
 
     def at(self, stored: Count) -> Count:
         """Of so many stored units."""
-        return self.unit * stored + self.opening * (stored > 0)
+        cost = self.unit * stored + self.opening * (stored > 0)
+        for start, change in self.bends:
+            cost = cost + change * (stored - start) * (stored > start)
+        return cost
 
 
 @dataclass(frozen=True)
@@ -66,6 +75,27 @@ class Bound:
         """Words for the nearest budget that allows `cost`, or is not above it."""
         figure = cost // self.scale if less else ceil(Fraction(cost, self.scale))
         return f"--budget {self.wanted.instead(figure, Fraction(self.dense, self.scale), less)}"
+
+
+class Uneven:
+    """What bounds count beyond what each unit of a group costs on average, as shares of all that the groups cost."""
+
+    def __init__(self, bounds: Sequence[Bound], units_G: Tensor, total_C: Tensor) -> None:
+        opening_CG = torch.tensor([[c.opening for c in b.costs] for b in bounds], device=units_G.device)
+        self.opening_CG = (opening_CG / total_C[:, None]).float()
+        bends = [(c, g, *bend) for c, b in enumerate(bounds) for g, k in enumerate(b.costs) for bend in k.bends]
+        table_B4 = torch.tensor(bends, dtype=torch.int64, device=units_G.device).reshape(-1, 4)
+        self.bound_B, self.group_B, self.start_B, change_B = table_B4.unbind(1)
+        self.change_B = (change_B / total_C[self.bound_B]).float()
+        self.units_B = units_G[self.group_B]
+
+    def missed(self, mean_G: Tensor, highest_G: Tensor) -> Tensor:
+        """Where scores have such a mean and such a highest one in each group, shape (C,). What opens a sublayer costs
+        as much as its highest score says."""
+        mean_B = mean_G[self.group_B]
+        beyond_B = (mean_B * self.units_B - self.start_B).clamp(min=0) - mean_B * (self.units_B - self.start_B)
+        opened_C = (self.opening_CG * (highest_G - mean_G)).sum(1)  # autocast would round a matrix product
+        return opened_C.index_add(0, self.bound_B, self.change_B * beyond_B)
 
 
 def bounds_of(

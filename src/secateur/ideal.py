@@ -62,7 +62,7 @@ def cost_of(description: Description) -> Cost:
     """What the model of a description costs."""
     inside = f"{description.layers}."
     maps = [(prod(description.shapes[n]), share, n.startswith(inside)) for n, share in description.matmuls.items()]
-    groups = (*description.groups, *description.others)
+    groups = [g for g in (*description.groups, *description.others) if g.writes]
     widths = {g.name: description.shapes[g.writer][g.writer_slice.dim] for g in groups}
     sizes = figures(description, None, 1)
     return Cost(

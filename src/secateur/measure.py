@@ -15,7 +15,9 @@ from typing import Any, Literal, Protocol
 
 import tyro
 
+from secateur.config import AnyShape
 from secateur.files import InputError
+from secateur.selection import AttentionUnit, Kind
 
 Runtime = Literal["transformers", "vllm", "vllm-server", "llamacpp"]
 
@@ -71,10 +73,30 @@ class Bench(Settings):
     """Time the export against the unpruned model, in turns, beside what FLOPs and bytes promise: bench-RUNTIME.json.
 
     Example: secateur bench RUN --runtime vllm --batch-sizes 1 8 32
+    Before there is a run: secateur bench MODEL --table latency.json
     """
 
     run: tyro.conf.Positional[Path]
-    """Folder of the run."""
+    """Folder of the run; with `--table` the model, a local folder, hub id or GGUF file."""
+    table: Path | None = None
+    """Time the sublayers of the model at several widths instead and write this file, for `prune --latency-table`. It
+    takes a few minutes of an idle machine: about twelve models are timed against the unpruned one."""
+    shape: AnyShape = None
+    """Of a table: the widths that are timed, as for `prune` (default: ragged)."""
+    units: tuple[Kind, ...] = ()
+    """Of a table: what is timed, as for `prune`."""
+    attention_unit: AttentionUnit | None = None
+    """Of a table: what attention is divided into, as for `prune`."""
+    trust_remote_code: bool = False
+    """Of a table: run modelling code that comes with the checkpoint."""
+
+    def check(self) -> None:
+        """Raises InputError where something cannot be, or is of a table and none is asked for."""
+        super().check()
+        for name in ("shape", "units", "attention_unit", "trust_remote_code"):
+            if self.table is None and getattr(self, name):
+                option = f"--{name.replace('_', '-')}"
+                raise InputError(f"{option} is of --table FILE; a run is timed as its own settings say")
 
 
 class Measurable(Protocol):

@@ -24,7 +24,7 @@ from secateur.policy import policy_of
 from secateur.recipes import Recipe, tie_of
 from secateur.run import recorded
 from secateur.session import Session
-from secateur.wanted import read_budgets
+from secateur.wanted import TIMES, read_budgets
 
 
 def budget_of(session: Session, shape: str | None = None, scope: Scope | None = None) -> Budget:
@@ -55,8 +55,13 @@ def asked_of(session: Session, by_kind: bool = False) -> tuple[Bound, ...]:
     if c.sparsity is not None:
         sparsity = loaded.description.sparsity_of_rest(c.sparsity) if by_kind else c.sparsity
         words.insert(0, f"units={1.0 - sparsity:.12f}".rstrip("0"))
-    size = loaded.checkpoint_dtype.itemsize
-    return bounds_of(loaded.description, read_budgets(words), size, buffer_bytes, by_kind)
+    size, description, found = loaded.checkpoint_dtype.itemsize, loaded.description, []
+    for wanted in read_budgets(words):
+        if wanted.kind in TIMES:
+            found.append(session.latency.bound(description, wanted))
+        else:
+            found += bounds_of(description, [wanted], size, buffer_bytes, by_kind)
+    return tuple(found)
 
 
 def find_gates(session: Session, limits: Budget) -> Gates:

@@ -24,6 +24,7 @@ from secateur.plan import Plan, Rounding, make_plan
 from secateur.policy import policy_of
 from secateur.session import Session
 from secateur.slicing import added_biases
+from secateur.wanted import TIMES
 
 SHAPES = ("ragged", "uniform", "padded", "aligned:32", "aligned:64", "aligned:128", "tp:2")
 """What `--compare` compares."""
@@ -56,7 +57,10 @@ def held(session: Session, plan: Plan) -> Iterator[dict[str, Any]]:
         found = b.cost([sizes[g.name].units for g in groups])
         assert found <= b.allowed, f"the plan has {found} of {b.name}, which {b.allowed} bounds"
         dense, planned = (round(cost / b.scale) for cost in (b.dense, found))
-        yield {"budget": str(b.wanted), "counts": b.wanted.counts, "bound": b.most, "dense": dense, "pruned": planned}
+        by = {"predicted_for": session.latency.conditions(b.wanted)} if b.wanted.kind in TIMES else {}
+        yield {
+            "budget": str(b.wanted), "counts": b.wanted.counts, "bound": b.most, "dense": dense, "pruned": planned, **by
+        }  # fmt: skip
 
 
 def said(rounding: Rounding) -> str:
@@ -67,6 +71,7 @@ def said(rounding: Rounding) -> str:
     )
     lines = (
         f"budget {b['budget']}: {b['pruned']:,} of at most {b['bound']:,} {b['counts']} ({b['dense']:,} unpruned)"
+        + (f", predicted for {b['predicted_for']}" if "predicted_for" in b else "")
         for b in rounding.budgets
     )
     return "\n".join([first, *lines])

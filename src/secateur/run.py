@@ -14,8 +14,9 @@ from typing import Any
 
 from secateur.config import Config, load_config, save_config
 from secateur.files import InputError
+from secateur.latency import read_table, write_table
 
-NOT_YET_BEGUN = {"config.yaml", "timings.json"}
+NOT_YET_BEGUN = {"config.yaml", "timings.json", "latency.json"}
 """What a run leaves that failed before it read its data: the corrected command may use the folder again."""
 
 
@@ -49,6 +50,11 @@ class Run:
     def gates(self) -> Path:
         """The learned gates."""
         return self.folder / "gates.safetensors"
+
+    @property
+    def latency(self) -> Path:
+        """The run's own copy of its latency table."""
+        return self.folder / "latency.json"
 
     @property
     def plan(self) -> Path:
@@ -120,8 +126,13 @@ def new_run(config: Config) -> Run:
         what = "holds another run" if (folder / "config.yaml").is_file() else "is not empty"
         hint = f", or continue that run with `secateur prune --resume {folder}`" if what == "holds another run" else ""
         raise InputError(f"{folder} {what}; choose another --out{hint}")
+    run = Run(folder, config)
+    table = None if config.latency_table is None else read_table(config.latency_table)
     save_config(config, folder / "config.yaml")
-    return Run(folder, config)
+    run.latency.unlink(missing_ok=True)  # of a run that failed before it began
+    if table is not None:
+        write_table(run.latency, table)
+    return run
 
 
 def open_run(folder: Path) -> Run:
@@ -129,6 +140,15 @@ def open_run(folder: Path) -> Run:
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; give the --out folder of `secateur prune`")
     return Run(folder, load_config(folder / "config.yaml").resolved())
+
+
+def open_one(folder: Path) -> Run:
+    """An existing run of one size. Raises InputError for the folder of a sweep."""
+    run = open_run(folder)
+    if run.config.sweep is not None:
+        found = ", ".join(sorted(path.parent.name for path in run.sizes.glob("*/gates.safetensors"))) or "not there yet"
+        raise InputError(f"{folder} is a sweep over sizes ({found}), each a run of its own: say {run.sizes}/SIZE")
+    return run
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from secateur.evaluate import mean_loss
 from secateur.files import InputError, read_json, write_json
 from secateur.gates import Gates, architecture_fingerprint, load_gates
 from secateur.guard import Guard, read_guards
+from secateur.latency import LatencyTable, read_table
 from secateur.load import Loaded, autocast, load, weights_fingerprint
 from secateur.optimise import Step
 from secateur.recover import RecoveryStep
@@ -198,6 +199,13 @@ class Session:
             f"{path} holds gates found on other weights than {self.config.model} has (hash {found} of "
             f"{gates.about.get('model')}, here {self.weights}): `prune MODEL --gates FILE --steps N` tunes them to it"
         )
+
+    @cached_property
+    def latency(self) -> LatencyTable:
+        """The run's latency table. Raises InputError where it is of another model."""
+        table = read_table(self.run.latency)
+        table.check_model(self.loaded.description, self.config.latency_table or self.run.latency)
+        return table
 
     def held_out_loss(
         self, gates: Mapping[str, torch.Tensor] | None, means: Mapping[str, torch.Tensor] | None = None

@@ -80,21 +80,23 @@ def session_on(session: Session, size: Run) -> Session:
     """A session on a size of a run, which shares what is loaded. Raises InputError where the size is not possible."""
     inside = Session(size, session.progress)
     inside.loaded = session.loaded
+    if size.config.latency_table is not None:
+        inside.latency = session.latency
     budget_of(inside)
     inside.bos, inside.blocks, inside.guards = session.bos, session.blocks, session.guards
     return inside
 
 
 def found(size: Run, gates: Gates, run: Run) -> None:
-    """Makes the folder of a size: settings, gates, tokens."""
+    """Makes the folder of a size: settings, gates, tokens, the table of times."""
     save_config(size.config, size.folder / "config.yaml")
     save_gates(size.gates, gates)
-    if run.data.exists():
-        with replacing(size.data) as temporary:
+    for shared in (path for path in (run.data, run.latency) if path.exists()):
+        with replacing(size.folder / shared.name) as temporary:
             try:
-                os.link(run.data, temporary)
+                os.link(shared, temporary)
             except OSError:  # another filesystem, or one without links
-                shutil.copyfile(run.data, temporary)
+                shutil.copyfile(shared, temporary)
 
 
 def _gates_for(inside: Session, session: Session) -> Gates:

@@ -19,10 +19,16 @@ KINDS = {
     "flops": "FLOPs a token",
     "kv": "bytes of KV cache a token",
     "bytes": "bytes of weights",
+    "latency": "microseconds to the next token",
+    "prefill-latency": "microseconds to the first token",
 }
 """Kind → what it counts, in words."""
 
+TIMES = ("latency", "prefill-latency")
+"""Kinds that a table of measured times says (latency.py)."""
+
 _BYTES = ("kv", "bytes")
+_MICROSECONDS = {"": 1, "us": 1, "µs": 1, "ms": 10**3, "s": 10**6}
 _DECIMAL = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
@@ -36,10 +42,17 @@ class Wanted:
     """As it was said."""
     share: Fraction | None
     figure: int | None
+    batch: int | None = None
+    """Of times: sequences at once; None: as many as the table says first."""
 
     def __str__(self) -> str:
         """The words."""
-        return f"{self.kind}={self.value}"
+        return f"{self.name}={self.value}"
+
+    @property
+    def name(self) -> str:
+        """The kind, and the batch size if there is one: `latency@8`."""
+        return self.kind if self.batch is None else f"{self.kind}@{self.batch}"
 
     @property
     def counts(self) -> str:
@@ -57,8 +70,8 @@ class Wanted:
         """Words, in the form of these, for a budget that allows `figure` of `dense`; with `less`, no more than it."""
         if self.share is not None:
             thousandths = 1000 * figure / dense
-            return f"{self.kind}={(int(thousandths) if less else ceil(thousandths)) / 1000:g}"
-        return f"{self.kind}={figure}"
+            return f"{self.name}={(int(thousandths) if less else ceil(thousandths)) / 1000:g}"
+        return f"{self.name}={figure}{'us' if self.kind in TIMES else ''}"
 
 
 def read_budgets(words: Iterable[str]) -> tuple[Wanted, ...]:
@@ -66,30 +79,36 @@ def read_budgets(words: Iterable[str]) -> tuple[Wanted, ...]:
     found: dict[str, Wanted] = {}
     for word in words:
         wanted = _read(word)
-        if wanted.kind in found:
-            raise InputError(f"--budget {found[wanted.kind]} contradicts --budget {wanted}: say {wanted.kind} once")
-        found[wanted.kind] = wanted
+        if wanted.name in found:
+            raise InputError(f"--budget {found[wanted.name]} contradicts --budget {wanted}: say {wanted.name} once")
+        found[wanted.name] = wanted
     return tuple(found.values())
 
 
 def what_is_asked(
-    sparsity: float | None, words: Iterable[str], sweep: str | None = None
+    sparsity: float | None, words: Iterable[str], has_table: bool = False, sweep: str | None = None
 ) -> tuple[float | None, tuple[str, ...]]:
     """`--sparsity` and `--budget`, checked and in their plainest form: a share of the units becomes a sparsity.
 
-    Raises InputError where nothing is asked for, or the same twice. With a `sweep` budgets hold for all of its sizes.
+    Raises InputError where nothing is asked for, or the same twice, or a time and there is no table of times. With a
+    `sweep` budgets hold for all of its sizes.
     """
     if sweep is not None:
         if sparsity is not None:
             raise InputError(f"--sweep {sweep} says all sizes, so --sparsity {sparsity:g} contradicts it")
         for size in read_sweep(sweep):
-            what_is_asked(*asked_by(size, words))
+            what_is_asked(*asked_by(size, words), has_table)
         return None, tuple(map(str, read_budgets(words)))
     if sparsity is None and not words:
         raise InputError("sparsity: say what to remove, e.g. --sparsity 0.2, or what to keep, e.g. --budget params=0.8")
     if sparsity is not None and not 0 < sparsity < 1:
         raise InputError(f"--sparsity must lie between 0 and 1, not {sparsity}: it is the share to remove")
     wanted = read_budgets(words)
+    if timed := [each for each in wanted if each.kind in TIMES and not has_table]:
+        raise InputError(
+            f"--budget {timed[0]} needs --latency-table FILE, which `secateur bench MODEL --table FILE` measures on "
+            "the machine, and in the runtime, that the pruned model is for"
+        )
     units = next((each for each in wanted if each.kind == "units"), None)
     if sparsity is not None and units is not None:
         raise InputError(f"--sparsity {sparsity:g} contradicts --budget {units}: both are of the units' parameters")
@@ -162,23 +181,29 @@ def asked_by(size: str, words: Iterable[str]) -> tuple[float | None, tuple[str, 
 
 def _read(word: str) -> Wanted:
     kind, _, value = (part.strip() for part in word.partition("="))
+    kind, at, batch = kind.partition("@")
     if kind not in KINDS:
         raise InputError(f"--budget {word}: {kind!r} is no budget; there are {', '.join(KINDS)}, e.g. params=0.7")
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([a-z]*)", value.lower())
+    if at and (kind not in TIMES or not re.fullmatch("[1-9][0-9]{0,8}", batch)):
+        raise InputError(f"--budget {word}: a batch size stands behind a time only, e.g. latency@8=0.7")
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([a-zµ]*)", value.lower())
     factor = None if found is None else _factor(kind, found[2])
-    if found is None or factor is None:
-        example = {"kv": "10KB", "bytes": "200MB", "flops": "150M"}.get(kind, "90M")
+    bare = found is not None and not found[2]
+    if found is None or factor is None or (bare and kind in TIMES and Fraction(found[1]) >= 1):
+        example = {"kv": "10KB", "bytes": "200MB", "flops": "150M"}.get(kind, "12ms" if kind in TIMES else "90M")
         raise InputError(f"--budget {word}: {value!r} is neither a share such as 0.7 nor a figure such as {example}")
-    number = Fraction(found[1]) * factor
-    if not found[2] and 0 < number < 1:
-        return Wanted(kind, value, number, None)
+    number, size = Fraction(found[1]) * factor, int(batch) if at else None
+    if bare and 0 < number < 1:
+        return Wanted(kind, value, number, None, size)
     if number <= 1:
         raise InputError(f"--budget {word}: a share to keep lies between 0 and 1, a figure above 1")
-    return Wanted(kind, value, None, int(number))
+    return Wanted(kind, value, None, int(number), size)
 
 
 def _factor(kind: str, suffix: str) -> int | None:
     """What a suffix multiplies by; None for one that the kind has not."""
+    if kind in TIMES:
+        return _MICROSECONDS.get(suffix)
     if kind in _BYTES:
         return (_DECIMAL | _BINARY).get(suffix.removesuffix("b"))
     if kind == "flops":
