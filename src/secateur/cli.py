@@ -3,7 +3,6 @@
 Help texts are the docstrings of the dataclasses' fields. `Config` serves `prune`; the stages read it from RUN.
 """
 
-import argparse
 import os
 import signal
 import sys
@@ -17,7 +16,8 @@ from rich.console import Console
 from safetensors import SafetensorError
 
 from secateur import __version__
-from secateur.config import LEARNING_FIELDS, AnyShape, Config, load_config
+from secateur.arguments import parse
+from secateur.config import AnyShape, Config
 from secateur.files import InputError
 from secateur.measure import Bench
 
@@ -325,30 +325,6 @@ def _print(run: "Run", results: dict[str, Any]) -> None:
     print_results(console, run, results)
 
 
-def _defaults(arguments: Sequence[str]) -> Prune | None:
-    """The settings that `--config` or `--resume` bring, as defaults for the other options of `prune`."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", type=Path)
-    parser.add_argument("--resume", type=Path)
-    given, _ = parser.parse_known_args(arguments)
-    path = given.config if given.config is not None else given.resume and given.resume / "config.yaml"
-    return None if path is None else Prune(**vars(load_config(path)), config=given.config, resume=given.resume)
-
-
-def _parse(name: str, arguments: Sequence[str]) -> Any:
-    kind = COMMANDS[name][0]
-    default = _defaults(arguments) if kind is Prune else None
-    if default is None:
-        return tyro.cli(kind, args=arguments, prog=f"secateur {name}")
-    options = tyro.cli(kind, args=arguments, prog=f"secateur {name}", default=replace(default))
-    if any(getattr(options, f) != getattr(default, f) for f in LEARNING_FIELDS):
-        options.learning = None
-    scoped = ("shape", "recipe", "method")
-    if any(getattr(options, f) != getattr(default, f) for f in scoped) and options.per == default.per:
-        options.per = None  # what the file holds is the default of the other shape, recipe or method
-    return options
-
-
 def _overview() -> None:
     console.print(f"secateur {__version__}: makes language models smaller by structured pruning\n")
     for name, (kind, _function) in COMMANDS.items():
@@ -370,7 +346,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported, which transformers does
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        options = _parse(name, arguments[1:])
+        options = parse(name, COMMANDS[name][0], arguments[1:])
         _prepare()
         COMMANDS[name][1](options)
     except KeyboardInterrupt:
