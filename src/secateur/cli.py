@@ -164,6 +164,19 @@ class Eval:
     """Items a task, a random sample by the run's seed (default: the run's, else all)."""
 
 
+@dataclass
+class Report:
+    """Write a page to look at, of one run or of several side by side: RUN/report.html.
+
+    Example: secateur report runs/a runs/b --out both.html
+    """
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of runs, finished or not."""
+    out: Path | None = None
+    """File to write (default: RUN/report.html; of several runs ./report.html)."""
+
+
 # --- commands --------------------------------------------------------------------------------------------------------
 
 
@@ -176,6 +189,7 @@ def prune(options: Prune) -> None:
     else:
         run = new_run(Config(**{f.name: getattr(options, f.name) for f in fields(Config)}))
     _print(run, _staged(run, "remaining_stages"))
+    console.print(f"to look at: {run.report}", markup=False, soft_wrap=True)
 
 
 def inspect(options: Inspect) -> None:
@@ -269,6 +283,13 @@ def bench(options: Bench) -> None:
     show(console, bench_run(_open(options.run), options, lambda said: console.print(said, markup=False)))
 
 
+def report(options: Report) -> None:
+    """`secateur report`."""
+    from secateur.report.page import write_report
+
+    console.print(f"wrote {write_report(options.runs, options.out)}", markup=False, soft_wrap=True)
+
+
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "prune": (Prune, prune),
     "inspect": (Inspect, inspect),
@@ -280,6 +301,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "recover": (Recover, recover),
     "eval": (Eval, evaluate),
     "bench": (Bench, bench),
+    "report": (Report, report),
 }
 
 

@@ -16,7 +16,7 @@ from secateur.gates import Gates, save_gates
 from secateur.importance import ONE_SHOT
 from secateur.learn import LearningDiverged, learn
 from secateur.policy import policy_of
-from secateur.run import recorded
+from secateur.run import recorded, versions
 from secateur.session import Session
 
 
@@ -47,6 +47,8 @@ def find_gates(session: Session, limits: Budget) -> Gates:
         "tokens": (c.scored_rows if c.method in ONE_SHOT else c.steps * c.batch_size) * c.seq_len,
         "recipe": asdict(c.learning),
         "fixing": None,
+        "versions": versions(),
+        "experts": {group.name: group.experts for group in session.loaded.description.groups if group.experts},
     }
     with session.autocast():
         return (_score if c.method in ONE_SHOT else _learn)(session, limits, about)

@@ -32,7 +32,8 @@ from secateur.planning import compare_shapes as compare_shapes
 from secateur.policy import policy_of
 from secateur.recover import LR, Recovery, recover
 from secateur.refit import Refit, kept_groups, normal_equations, refit
-from secateur.run import Run, new_run, open_run, recorded
+from secateur.run import Run, new_run, open_run, recorded, versions
+from secateur.samples import samples
 from secateur.session import Session
 from secateur.slicing import fold, pruned_shapes
 from secateur.text import evaluation_text
@@ -323,6 +324,7 @@ def eval_stage(session: Session) -> dict[str, Any]:
         pruned["disk_bytes"] = sum(f.stat().st_size for f in run.model.glob("*.safetensors"))
         counted = sum(p.numel() for p in exported.parameters())
         assert counted == pruned["parameters"], f"the export has {counted} parameters, {pruned['parameters']} planned"
+        written = samples(loaded.model, exported, loaded.tokenizer, ids_NT)
     gates = load_gates(run.gates, description.groups, session.architecture)
     results: dict[str, Any] = {"method": c.method, "text": text, "dense": dense, "pruned": pruned}
     results["rounding"] = asdict(rounding)
@@ -330,7 +332,7 @@ def eval_stage(session: Session) -> dict[str, Any]:
     if "refit" in results["updates"]:
         results["refit"] = read_json(run.refit, f"secateur refit {run.folder}")
     results["fixing"] = gates.about.get("fixing")
-    results["join"] = join
+    results |= {"join": join, "samples": written, "versions": versions()}
     if tasks is not None:
         with session.timed("score"):
             results["tasks"] = tasks.compare(
@@ -386,6 +388,9 @@ def remaining_stages(session: Session) -> dict[str, Any]:
         refit_stage(session)
     if run.config.recover and f"recover-{run.config.recover}" not in updates_of(run.model):
         recover_stage(session)
-    if run.eval.exists():
-        return dict(read_json(run.eval, f"secateur eval {run.folder}"))
-    return eval_stage(session)
+    done = dict(read_json(run.eval, f"secateur eval {run.folder}")) if run.eval.exists() else eval_stage(session)
+    with session.timed("report"):
+        from secateur.report.page import write_report  # matplotlib takes its time to be imported
+
+        write_report([run.folder])
+    return done
