@@ -57,15 +57,14 @@ def _of_one(record: Record) -> list[Panel]:
         Line("gates closed", at, 1 - steps["kept"], 1),
         Line("target", at, 1 - steps["target"], -1, None, "--"),
     ]
-    duals = [_dual(steps, name, label, colour) for colour, (name, label) in enumerate(DUALS.items())]
     several = steps["lambda1"].ndim == 2 and steps["lambda1"].shape[1] > 1
     words = ["There is one of each for every budget; lines are their means."] if several else []
     return [
         Panel("loss", "Loss", "step", "nats a token", loss, marks=marks),
         Panel("sparsity", "Learned sparsity against target", "step", "share removed", removed, marks=marks),
-        Panel("duals", "Multipliers that hold the budget", "step", "λ", duals, marks=marks, words=words),
-        Panel("mu", "Annealing: half width of the retention score", "step", "μ", [_line(steps, "μ", "mu", 0)],
-              marks=marks),
+        *(Panel(name, f"Multiplier {label}", "step", label.partition(",")[0], [_dual(steps, name, label, i)], marks=marks,
+                words=words) for i, (name, label) in enumerate(DUALS.items())),
+        Panel("mu", "Annealing: half width μ of the score", "step", "μ", [_line(steps, "μ", "mu", 0)], marks=marks),
     ]  # fmt: skip
 
 
@@ -91,5 +90,5 @@ def _of_several(records: Sequence[Record]) -> list[Panel]:
         Panel("sparsity", "Learned sparsity (by retention score) against target", "step", "share removed",
               [*lines(lambda steps: 1 - steps["score"]), *targets]),
         *duals,
-        Panel("mu", "Annealing: half width of the retention score", "step", "μ", lines(lambda steps: steps["mu"])),
+        Panel("mu", "Annealing: half width μ of the score", "step", "μ", lines(lambda steps: steps["mu"])),
     ]  # fmt: skip

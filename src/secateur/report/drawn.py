@@ -1,5 +1,6 @@
 """What figures and tables are to the page: a figure has words and a table beside it, a table sorts and filters."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,13 +67,14 @@ def cell(value: Any) -> Cell:
 
 
 def figure(value: float) -> str:
-    """A number as tables have it: four digits that count, more never."""
-    if value != value:
+    """A number as tables have it: four digits that count."""
+    if math.isnan(value):
         return "–"
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
     if value and not 1e-3 <= abs(value) < 1e6:
         return f"{value:.3g}"
-    digits = 0 if abs(value) >= 1000 else 1 if abs(value) >= 100 else 2 if abs(value) >= 10 else 4
-    return f"{value:,.{digits}f}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def sampled(count: int, most: int) -> Iterable[int]:

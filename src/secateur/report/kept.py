@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator
 
 from secateur.report.drawn import Cell, Drawn, Table, figure
 from secateur.report.lines import HEIGHT, PLACE, WIDTH, Line, Panel
@@ -27,7 +27,7 @@ BINS = 40
 
 TITLES = {
     "heads": "Layers × heads",
-    "kv_groups": "Layers × groups of heads",
+    "kv_groups": "Layers × KV groups",
     "channels": "Layers × channels",
     "shared_channels": "Layers × channels of shared experts",
     "expert_channels": "Layers × experts",
@@ -48,7 +48,7 @@ def _map(record: Record, kind: str) -> Drawn:
         for row, u in zip(shown_LK, units, strict=True):
             row[: len(u.value_N)] = u.value_N
         top = max(1.0, float(np.nanmax(shown_LK)))
-        column, legend, across = "head" if kind == "heads" else "group", ("removed", f"gate value {figure(top)}"), width
+        column, legend, across = "head" if kind == "heads" else "KV group", ("removed", f"gate value {figure(top)}"), width
     elif kind == "expert_channels" and all(u.experts for u in units):
         across = max(u.experts for u in units)
         shown_LK = np.full((len(units), across), np.nan)
@@ -71,7 +71,7 @@ def _map(record: Record, kind: str) -> Drawn:
         gone = int((shown_LK == 0).sum())
         words += f" {gone:,} experts keep no channel." if gone != 1 else " One expert keeps no channel."
     canvas, place = _image(shown_LK / top, layers, "channel" if column == "channels" else column, units, column)
-    head = column in ("head", "group")
+    head = column in ("head", "KV group")
     values = [[None if np.isnan(v) else round(float(v), 3) if head else round(100 * float(v), 1) for v in row]
               for row in shown_LK]  # fmt: skip
     data = {"kind": "map", "box": place, "layers": layers, "column": column, "values": values,
@@ -102,7 +102,7 @@ def _image(shown_LK: Array, layers: Sequence[int], title: str, units: Sequence[U
 
 
 def _map_table(name: str, column: str, layers: Sequence[int], shown_LK: Array) -> Table:
-    head = column in ("head", "group")
+    head = column in ("head", "KV group")
     what = "gate values, 0 is removed" if head else "% kept"
     columns = ["layer", *(str(k) for k in range(shown_LK.shape[1]))]
     table = Table(f"{name}-table", f"{what}, by layer and {column}" + (" (in equal parts)" if column == "channels" else ""),
@@ -195,12 +195,13 @@ def histogram(record: Record) -> Drawn | None:
             words.append(f"Of the gates of {len(value_N):,} {KINDS[kind]}, {closed:.1%} are removed{ends}.")
         axes.axvline(1.0, color=INK, linewidth=0.8, linestyle=":")
         axes.set_yscale("symlog", linthresh=0.01)
-        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
-        axes.set_yticks([0, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0])
+        ticks = (0, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0)
+        axes.set_yticks(ticks, [f"{100 * tick:g} %" for tick in ticks])
+        axes.minorticks_off()
         axes.set_ylim(0, 1.2)
         axes.set_xlabel("gate value (bars left of 0: removed)")
         axes.set_ylabel("share of the gates, log scale")
-        axes.legend(loc="lower left", bbox_to_anchor=(-0.13, 1.0), ncols=2, borderaxespad=0.2, columnspacing=1.2)
+        axes.legend(loc="lower left", bbox_to_anchor=(-0.15, 1.0), ncols=2, borderaxespad=0.2, columnspacing=1.2)
     zero = [Cell(figure(100 * closed), closed) for closed, _ in shares]
     table.add(Cell("removed", -1.0), Cell("", -1.0), *zero)
     for i in range(BINS):

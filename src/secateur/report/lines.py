@@ -15,8 +15,8 @@ from secateur.report.svg import INK, RUN, box, drawing, markup, series
 WIDTH, HEIGHT = 4.8, 2.9
 """Inches of a panel, of which several stand side by side, or one on a phone."""
 
-PLACE = (0.125, 0.16, 0.85, 0.70)
-"""Its axes, with room for a legend above."""
+PLACE, PLAIN = (0.145, 0.155, 0.83, 0.72), (0.145, 0.155, 0.83, 0.80)
+"""Its axes, with room for a legend above, and without."""
 
 POINTS = 400
 """Points of a line; where there are more, it is the mean of a stretch, and a band goes from its least to its largest."""
@@ -67,7 +67,8 @@ class Panel:
         """The figure."""
         with drawing():
             canvas = Figure(figsize=(WIDTH, HEIGHT))
-            axes = canvas.add_axes(PLACE)
+            named = 1 < len(self.lines) <= NAMED
+            axes = canvas.add_axes(PLACE if named else PLAIN)
             for line in self.lines:
                 x, y, low, high = thinned(line)
                 gid = {} if line.run is None else {"gid": f"{RUN}{line.run}"}
@@ -79,7 +80,7 @@ class Panel:
                 axes.plot(x, y, line.style, color=colour, label=label, marker=marker, markersize=3, **gid)
             for place, label in self.marks:
                 axes.axvline(place, color=INK, linewidth=0.8, linestyle=":")
-                axes.annotate(label, (place, 1), xycoords=("data", "axes fraction"), xytext=(3, -9),
+                axes.annotate(label, (place, 1), xycoords=("data", "axes fraction"), xytext=(3, -8),
                               textcoords="offset points", fontsize=8)  # fmt: skip
             if self.log:
                 axes.set_yscale("log")
@@ -87,11 +88,11 @@ class Panel:
                 axes.set_ylim(*self.y_range)
             if self.integers:
                 axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
-            axes.margins(x=0.02)
+            axes.margins(x=0.02, y=0.12 if self.marks else 0.05)
             axes.set_xlabel(self.x_title)
             axes.set_ylabel(self.y_title)
-            if 1 < len(self.lines) <= NAMED:
-                axes.legend(loc="lower left", bbox_to_anchor=(-0.13, 1.0), ncols=3, borderaxespad=0.2,
+            if named:
+                axes.legend(loc="lower left", bbox_to_anchor=(-0.15, 1.0), ncols=3, borderaxespad=0.2,
                             columnspacing=1.2)  # fmt: skip
             data = self._data(axes)
         words = self.described()

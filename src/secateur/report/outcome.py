@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 from secateur.card import human, public_name
 from secateur.measure import UNITS
 from secateur.report.drawn import Cell, Drawn, Table
-from secateur.report.lines import HEIGHT, PLACE, WIDTH
+from secateur.report.lines import HEIGHT, PLAIN, WIDTH
 from secateur.report.reading import Record
 from secateur.report.svg import FAINT, INK, RUN, box, drawing, markup, series
 
@@ -66,7 +66,7 @@ def _pareto(name: str, title: str, x_title: str, points: list[Point], about: str
     front = _front(points, best_is_low)
     with drawing():
         canvas = Figure(figsize=(WIDTH, HEIGHT))
-        axes = canvas.add_axes(PLACE)
+        axes = canvas.add_axes(PLAIN)
         axes.plot([1], [1], "D", markerfacecolor="none", color=INK, markersize=6)
         axes.annotate("dense", (1, 1), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8)
         if len(front) > 1:
@@ -77,7 +77,7 @@ def _pareto(name: str, title: str, x_title: str, points: list[Point], about: str
             axes.annotate(str(record.number + 1), (x, y), xytext=(6, 3), textcoords="offset points", fontsize=8, gid=gid)
         axes.set_yscale("log")
         worst = max([2.0, *(y for _, _, y in points if np.isfinite(y))])
-        ticks = [t for t in (1, 1.2, 1.5, 2, 3, 5, 10, 20, 50, 100, 1000, 10_000) if t <= worst * 1.3]
+        ticks = [t for t in (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 7, 10, 20, 50, 100, 1000, 10_000) if t <= worst * 1.3]
         axes.set_yticks(ticks, [f"{t:g} ×" for t in ticks])
         axes.minorticks_off()
         axes.set_ylim(0.93, worst * 1.25)
@@ -109,19 +109,15 @@ def _front(points: list[Point], best_is_low: bool) -> list[Point]:
     return found
 
 
-def task_figures(records: Sequence[Record]) -> list[Drawn]:
-    """Accuracies of zero-shot tasks, and their paired differences with standard errors: a figure a run."""
-    return [drawn for record in records if (drawn := _tasks(record, len(records) > 1)) is not None]
-
-
-def _tasks(record: Record, several: bool) -> Drawn | None:
+def task_figure(record: Record) -> Drawn | None:
+    """Accuracies of zero-shot tasks with standard errors, and their paired differences."""
     tasks: Mapping[str, Any] = (record.evaluation or {}).get("tasks") or {}
     if not tasks:
         return None
     shown = {name: _metric(task) for name, task in tasks.items()}
     names = list(tasks)
     height = min(9.0, max(1.6, 0.9 + 0.34 * len(names)))
-    name, title = f"tasks-{record.number}", "Zero-shot tasks" + (f": {record.label}" if several else "")
+    name, title = f"tasks-{record.number}", "Zero-shot tasks"
     words = []
     with drawing():
         canvas = Figure(figsize=(WIDTH, height))
@@ -157,18 +153,11 @@ def _with_error(figures: Mapping[str, Any], metric: str, signed: bool) -> Cell:
     return Cell(text if error is None else f"{text} ± {error:.3f}", value)
 
 
-def bench_figures(records: Sequence[Record]) -> list[Drawn]:
-    """Measured speed-ups with their range, beside what FLOPs and bytes promise: a figure a run and runtime."""
-    several = len(records) > 1
-    return [_bench(record, bench, place, several) for record in records for place, bench in enumerate(record.benches)]
-
-
-def _bench(record: Record, bench: Mapping[str, Any], place: int, several: bool) -> Drawn:
-    name = f"bench-{record.number}-{place}"
-    settings = bench["settings"]
-    title = f"Speed in {bench['runtime']}" + (f": {record.label}" if several else "")
+def bench_figure(bench: Mapping[str, Any], name: str) -> Drawn:
+    """Measured speed-ups with their range, beside what FLOPs and bytes promise."""
+    settings, title = bench["settings"], f"Speed in {bench['runtime']}"
     columns = ["", "at a time", "dense", "pruned", "speed-up", "least", "largest", "ideal"]
-    table = Table(f"{name}-table", f"{title}, medians of {settings.get('rounds', '?')} rounds", columns)
+    table = Table(f"{name}-table", f"{title}, medians of {settings['rounds']} rounds", columns)
     rows = bench["timings"]
     height = min(9.0, max(1.7, 0.95 + 0.36 * len(rows)))
     with drawing():
@@ -198,7 +187,7 @@ def _bench(record: Record, bench: Mapping[str, Any], place: int, several: bool) 
         words.append(f"{_title(row['metric'])}, {row['batch_size']} at a time: {fast['median']:.2f} times as fast.")
     peaks = " → ".join(human(bench[m]["peak_bytes"], "B") for m in ("dense", "pruned"))
     said = (
-        f"{bench['dtype']}, {settings.get('prompt_tokens')} + {settings.get('new_tokens')} tokens, on "
+        f"{bench['dtype']}, {settings['prompt_tokens']} + {settings['new_tokens']} tokens, on "
         f"{bench['machine'].get('cpu')}, {bench['machine'].get('cores')} cores. {' '.join(words)} Peak memory {peaks}."
     )
     return Drawn(name, title, said, markup(canvas, name, title, said), table)

@@ -39,11 +39,12 @@ class Details:
     cards: list[tables.Card]
     maps: list[Drawn]
     histogram: Drawn | None
+    tasks: Drawn | None
     evaluation: Table | None
-    verification: Table | None
     said: list[str]
     samples: list[dict[str, str]]
-    bench_said: list[str]
+    verification: Table | None
+    benches: list[tuple[Drawn, list[str]]]
 
 
 def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
@@ -86,13 +87,11 @@ def page(records: Sequence[Record], now: datetime | None = None) -> str:
         learns=any(record.learns for record in records),
         warnings=tables.warnings(records),
         beside=tables.beside(records) if many else None,
-        pareto=outcome.pareto(records),
+        pareto=outcome.pareto(records) if many else [],
         curves=curves.learning_curves(records),
         recovery=curves.recovery_curves(records),
         widths=kept.widths(records),
         widths_table=kept.widths_table(records),
-        tasks=outcome.task_figures(records),
-        benches=outcome.bench_figures(records),
         details=details,
         settings=tables.settings(records),
         provenance=tables.provenance(records),
@@ -103,7 +102,7 @@ def _details(record: Record) -> Details:
     done = record.evaluation
     said = []
     if done is not None:
-        said = [f"Perplexity: {protocol(done)}; {done['text']}.", f"{arrival(done)}.".capitalize()]
+        said = [f"Perplexity: {protocol(done)}; {done['text']}.", f"B{arrival(done)[1:]}."]
         said += [f"Tasks: {told}."] if (told := task_protocol(done)) else []
     for number, refit in enumerate(record.refits, 1):
         ridge = "no ridge lowered it" if refit["ridge"] is None else f"ridge {refit['ridge']:g}"
@@ -114,9 +113,13 @@ def _details(record: Record) -> Details:
         cards=tables.cards(record),
         maps=kept.maps(record),
         histogram=kept.histogram(record),
+        tasks=outcome.task_figure(record),
         evaluation=tables.evaluation(record),
-        verification=tables.verification(record),
         said=said,
         samples=(done or {}).get("samples") or [],
-        bench_said=[line for bench in record.benches for line in bench_lines(bench)],
+        verification=tables.verification(record),
+        benches=[
+            (outcome.bench_figure(bench, f"bench-{record.number}-{place}"), list(bench_lines(bench)))
+            for place, bench in enumerate(record.benches)
+        ],
     )

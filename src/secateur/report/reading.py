@@ -30,10 +30,10 @@ GROUP = re.compile(r"layers\.(\d+)\.(\w+)")
 
 KINDS = {
     "heads": "attention heads",
-    "kv_groups": "groups of heads that share keys",
+    "kv_groups": "KV groups",
     "channels": "MLP channels",
-    "expert_channels": "channels of experts",
-    "shared_channels": "channels of shared experts",
+    "expert_channels": "experts' channels",
+    "shared_channels": "shared experts' channels",
 }
 """Kind of unit → how it reads."""
 

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from html import escape
+from typing import Any
 
 import matplotlib
 from markupsafe import Markup
@@ -25,11 +26,12 @@ SERIES = 8
 _VARIABLES = {INK: "var(--ink-2)", FAINT: "var(--rule)"}
 _VARIABLES |= {f"#0102{number:02x}": f"var(--s{number})" for number in range(SERIES)}
 
-_SETTINGS = {
+_SETTINGS: dict[str, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "secateur",
     "text.parse_math": False,  # names of models and files are shown as they are
     "axes.formatter.use_mathtext": False,
+    "axes.formatter.useoffset": False,
     "font.size": 9,
     "axes.titlesize": 9,
     "legend.fontsize": 8.5,
@@ -43,6 +45,7 @@ _SETTINGS = {
     "grid.linewidth": 0.6,
     "grid.color": FAINT,
     "axes.axisbelow": True,
+    "axes.prop_cycle": matplotlib.cycler(color=[f"#0102{number:02x}" for number in range(SERIES)]),
     "xtick.major.width": 0.7,
     "ytick.major.width": 0.7,
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),

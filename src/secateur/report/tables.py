@@ -70,7 +70,10 @@ def cards(record: Record) -> list[Card]:
 
 def _shrunk(title: str, dense: Mapping[str, Any], pruned: Mapping[str, Any], key: str, unit: str) -> Card:
     change = "as before" if dense[key] == pruned[key] else f"−{1 - pruned[key] / dense[key]:.1%}"
-    return Card(title, f"{human(dense[key], unit)} → {human(pruned[key], unit)}", change.replace("−-", "+"))
+    before, after = human(dense[key], unit), human(pruned[key], unit)
+    if before.partition(" ")[2] == after.partition(" ")[2]:
+        before = before.partition(" ")[0]
+    return Card(title, f"{before} → {after}", change.replace("−-", "+"))
 
 
 def _speeds(record: Record) -> Iterator[Card]:
@@ -98,7 +101,7 @@ def beside(records: Sequence[Record]) -> Table:
             pruned, dense = done["pruned"], done["dense"]
             ratio = pruned["perplexity"] / dense["perplexity"]
             figures = [
-                Cell(human(pruned["parameters"]), pruned["parameters"]), cell(float(pruned["perplexity"])),
+                Cell(human(pruned["parameters"]), pruned["parameters"]), Cell(f"{pruned['perplexity']:.2f}", pruned["perplexity"]),
                 Cell(f"{ratio:.2f} ×", ratio), Cell(human(pruned["disk_bytes"], "B"), pruned["disk_bytes"]),
                 Cell(human(pruned["kv_bytes_per_token"], "B"), pruned["kv_bytes_per_token"]),
             ]  # fmt: skip
@@ -130,18 +133,18 @@ def verification(record: Record) -> Table | None:
     table = Table(f"verification-{record.number}", "Verification", columns)
     for c in (record.verification or {"comparisons": []})["comparisons"]:
         mean = c["dtype"] != "float32"
-        table.add(f"gated against exported logits, {c['dtype']}", Cell(f"{c['tokens']:,} tokens", c["tokens"]),
+        table.add(f"gated against exported logits, {c['dtype']}", f"{c['tokens']:,} tokens",
                   float(c["max_difference"]), Cell(figure(float(c["allowed"])) + (" on average" if mean else ""), c["allowed"]),
-                  Cell(f"{c['same_top_token']:.2%} same top token", c["same_top_token"]), bool(c["passed"]))  # fmt: skip
+                  f"{c['same_top_token']:.2%} same top token", "yes" if c["passed"] else "NO")  # fmt: skip
     for e in record.equivalences:
         for model in ("pruned", "dense"):
             found = e[model]
             equal = sum(a["equal"] for a in found)
             table.add(f"greedy text in {e['runtime']} against {e['reference']}, {model}",
-                      Cell(f"{len(found)} prompts, {e['new_tokens']} tokens each", len(found)),
+                      f"{len(found)} prompts, {e['new_tokens']} tokens each",
                       float(max((a["difference"] for a in found), default=0.0)), float(e["tolerance"]),
-                      Cell(f"{equal} of {len(found)} equal, {sum(a['same'] for a in found)} tokens before they part", equal),
-                      bool(e["passed"]))  # fmt: skip
+                      f"{equal} of {len(found)} equal, {sum(a['same'] for a in found)} tokens before they part",
+                      "yes" if e["passed"] else "NO")  # fmt: skip
     return table
 
 
