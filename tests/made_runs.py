@@ -140,8 +140,8 @@ def _bench(sparsity: float) -> dict[str, Any]:
 
     fast = 1 / (1 - 0.8 * sparsity)
     rows = [
-        {"metric": metric, "batch_size": batch, "unit": "tokens/s", "dense": spread(speed), "pruned": spread(speed * fast),
-         "speedup": spread(fast * share), "ideal": {"speedup": fast, "by": "flops"}}
+        {"metric": metric, "batch_size": batch, "unit": "tokens/s", "dense": spread(speed),
+         "pruned": spread(speed * fast), "speedup": spread(fast * share), "ideal": {"speedup": fast, "by": "flops"}}
         for metric, batch, speed, share in (("prefill", 1, 400.0, 0.97), ("prefill", 8, 900.0, 0.99),
                                             ("decode", 1, 20.0, 0.9), ("decode", 8, 110.0, 0.93))
     ]  # fmt: skip

@@ -13,7 +13,11 @@ from secateur.cli import COMMANDS
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMAND_LINES = sorted(
-    set(re.findall(r"secateur (?:prune|inspect|learn|plan|export|verify|refit|recover|eval|bench|report)\b[^\n`|]*", README))
+    set(
+        re.findall(
+            r"secateur (?:prune|inspect|learn|plan|export|verify|refit|recover|eval|bench|report)\b[^\n`|]*", README
+        )
+    )
 )
 
 

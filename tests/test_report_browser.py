@@ -8,6 +8,7 @@ import io
 import os
 import shutil
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -98,7 +99,8 @@ def test_every_figure_is_visible_and_draws_something(shown, request, name):
     found = page.evaluate(
         """() => [...document.querySelectorAll("figure")].map(f => {
             const [svg, place] = [f.querySelector("svg.plot"), f.getBoundingClientRect()];
-            const drawn = [...svg.querySelectorAll("path, image, use")].filter(p => p.getBoundingClientRect().width > 1);
+            const parts = [...svg.querySelectorAll("path, image, use")];
+            const drawn = parts.filter(p => p.getBoundingClientRect().width > 1);
             const inside = svg.getBoundingClientRect();
             return {id: f.id, width: place.width, drawn: drawn.length, inside: inside.width <= place.width,
                     height: inside.height, seen: svg.checkVisibility()};
@@ -176,7 +178,12 @@ def test_tables_filter_by_words_and_kind(shown, one):
     page.locator("[data-for=settings]").fill("weight KD")
     assert column(page, "settings", 1) == ["kd_weight", "learning.kd_weight"]
     page.locator("[data-for=settings]").fill("kd_")
-    assert column(page, "settings", 1) == ["kd_weight", "kd_temperature", "learning.kd_weight", "learning.kd_temperature"]
+    assert column(page, "settings", 1) == [
+        "kd_weight",
+        "kd_temperature",
+        "learning.kd_weight",
+        "learning.kd_temperature",
+    ]
 
 
 def test_only_settings_that_differ_are_shown_on_request(shown, several):
@@ -240,7 +247,8 @@ def test_axe_finds_nothing(shown, request, name, scheme):
 
 
 CONTRASTS = """() => {
-    const canvas = Object.assign(document.createElement("canvas"), {width: 1, height: 1}).getContext("2d", {willReadFrequently: true});
+    const pixel = Object.assign(document.createElement("canvas"), {width: 1, height: 1});
+    const canvas = pixel.getContext("2d", {willReadFrequently: true});
     const rgb = (colour) => {
         canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
         return [...canvas.getImageData(0, 0, 1, 1).data];
@@ -264,9 +272,10 @@ CONTRASTS = """() => {
         const own = [...part.childNodes].some(n => n.nodeType === 3 && n.textContent.trim());
         const drawn = part.closest("svg");
         if (own && !(drawn && part.tagName !== "text"))
-            found.text.push([contrast(rgb(drawn ? style.fill : style.color), back), part.textContent.trim().slice(0, 40)]);
-        if (drawn && part.tagName === "path" && /stroke: var\\(--(s\\d|ink-2)/.test(part.getAttribute("style")) && style.strokeOpacity === "1")
-            found.lines.push([contrast(rgb(style.stroke), back), part.getAttribute("style")]);
+            found.text.push([contrast(rgb(drawn ? style.fill : style.color), back), part.textContent.trim()]);
+        const own_style = part.getAttribute("style");
+        if (drawn && part.tagName === "path" && /stroke: var\\(--(s\\d|ink-2)/.test(own_style))
+            if (style.strokeOpacity === "1") found.lines.push([contrast(rgb(style.stroke), back), own_style]);
     }
     return found;
 }"""
@@ -303,9 +312,11 @@ def test_keys_reach_everything_in_the_order_of_the_page(shown, one):
         page.keyboard.press("Tab")
         at = page.evaluate(
             """() => { const a = document.activeElement, b = a.getBoundingClientRect();
-                return a === document.body ? null : {tag: a.tagName, y: b.top + scrollY, fixed: !!a.closest("nav, header"),
-                    ring: getComputedStyle(a).outlineStyle, name: (a.getAttribute("aria-label") || a.textContent || a.value
-                    || a.labels?.[0]?.textContent || "").trim()}; }"""
+                if (a === document.body) return null;
+                const name = a.getAttribute("aria-label") || a.textContent || a.value || a.labels?.[0]?.textContent;
+                const fixed = !!a.closest("nav, header");
+                return {tag: a.tagName, y: b.top + scrollY, fixed, name: (name || "").trim(),
+                        ring: getComputedStyle(a).outlineStyle}; }"""
         )
         if at is None:
             break
@@ -313,21 +324,26 @@ def test_keys_reach_everything_in_the_order_of_the_page(shown, one):
         if not at["fixed"]:
             places.append(at["y"])
     assert {"BUTTON", "A", "INPUT", "SELECT", "SUMMARY", "DIV"} <= {at["tag"] for at in seen}
-    assert all(at["ring"] != "none" and at["name"] for at in seen), [at for at in seen if at["ring"] == "none" or not at["name"]]
-    rows = sum(later < earlier - 420 for earlier, later in zip(places, places[1:], strict=False))
+    assert all(at["ring"] != "none" and at["name"] for at in seen), [
+        at for at in seen if at["ring"] == "none" or not at["name"]
+    ]
+    rows = sum(later < earlier - 420 for earlier, later in pairwise(places))
     assert rows == 0, "focus jumps back up the page"
 
 
 def test_headings_go_down_one_step_at_a_time(shown, several):
     levels = shown(several).evaluate("[...document.querySelectorAll('h1, h2, h3, h4')].map(h => +h.tagName[1])")
     assert levels[0] == 1 and levels.count(1) == 1
-    assert all(later - earlier <= 1 for earlier, later in zip(levels, levels[1:], strict=False))
+    assert all(later - earlier <= 1 for earlier, later in pairwise(levels))
 
 
 # --- it looks as it did ----------------------------------------------------------------------------------------------
 
-FIGURES = {"one": ("loss", "sparsity", "widths", "map-0-kv-groups", "map-0-channels", "gates-0", "tasks-0", "bench-0-0"),
-           "several": ("pareto-size-0", "loss"), "mixture": ("map-0-expert-channels",)}  # fmt: skip
+FIGURES = {
+    "one": ("loss", "sparsity", "widths", "map-0-kv-groups", "map-0-channels", "gates-0", "tasks-0", "bench-0-0"),
+    "several": ("pareto-size-0", "loss"),
+    "mixture": ("map-0-expert-channels",),
+}
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -1,4 +1,4 @@
-"""Words of the command line → the options of a command; of `prune`, over what a config file or an earlier run brings."""
+"""Words of the command line → the options of a command; of `prune`, over what a config file or earlier run brings."""
 
 import argparse
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What the dense and the pruned model write after the same words: text to read beside the figures of `secateur eval RUN`.
+"""What the dense and the pruned model write after the same words, to read beside the figures of `secateur eval RUN`.
 
 Prompts are the beginnings of windows of the evaluation text, so that the language is that of the figures, and the text
 itself goes on beside them. Greedy: always the most likely token.
@@ -50,5 +50,9 @@ def _after(tokenizer: PreTrainedTokenizerBase, prompt_T: Tensor, tokens_T: Tenso
     """Tokens as text, up to an end of text; decoded behind their prompt, as some tokenizers drop a first space."""
     ends = (tokens_T == tokenizer.eos_token_id).nonzero() if tokenizer.eos_token_id is not None else []
     tokens_T = tokens_T[: int(ends[0])] if len(ends) else tokens_T
-    prompt, whole = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt_T, torch.cat([prompt_T, tokens_T])))
-    return whole.removeprefix(prompt) if whole.startswith(prompt) else tokenizer.decode(tokens_T, skip_special_tokens=True)
+    prompt, whole = (
+        tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt_T, torch.cat([prompt_T, tokens_T]))
+    )
+    return (
+        whole.removeprefix(prompt) if whole.startswith(prompt) else tokenizer.decode(tokens_T, skip_special_tokens=True)
+    )

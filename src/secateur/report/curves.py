@@ -32,7 +32,9 @@ def recovery_curves(records: Sequence[Record]) -> list[Drawn]:
         return []
     if len(records) == 1:
         steps = known[0].recovery
-        lines = [_line(steps, *it) for it in (("loss", "loss", 0), ("cross-entropy", "ce", 1), ("distillation", "kl", 2))]
+        lines = [
+            _line(steps, *it) for it in (("loss", "loss", 0), ("cross-entropy", "ce", 1), ("distillation", "kl", 2))
+        ]
     else:
         lines = [Line(r.label, r.recovery["step"], r.recovery["loss"], r.number, r.number) for r in known]
     return [Panel("recovery", "Recovery: loss", "step", "nats a token", lines).draw()]
@@ -62,8 +64,8 @@ def _of_one(record: Record) -> list[Panel]:
     return [
         Panel("loss", "Loss", "step", "nats a token", loss, marks=marks),
         Panel("sparsity", "Learned sparsity against target", "step", "share removed", removed, marks=marks),
-        *(Panel(name, f"Multiplier {label}", "step", label.partition(",")[0], [_dual(steps, name, label, i)], marks=marks,
-                words=words) for i, (name, label) in enumerate(DUALS.items())),
+        *(Panel(name, f"Multiplier {label}", "step", label.partition(",")[0], [_dual(steps, name, label, i)],
+                marks=marks, words=words) for i, (name, label) in enumerate(DUALS.items())),
         Panel("mu", "Annealing: half width μ of the score", "step", "μ", [_line(steps, "μ", "mu", 0)], marks=marks),
     ]  # fmt: skip
 

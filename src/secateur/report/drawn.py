@@ -1,11 +1,14 @@
 """What figures and tables are to the page: a figure has words and a table beside it, a table sorts and filters."""
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from markupsafe import Markup
+
+PLAIN = re.compile(r"-?\d+(\.\d+)?")
 
 
 @dataclass(frozen=True)
@@ -14,6 +17,11 @@ class Cell:
 
     text: str
     value: float | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether its text is the number that it sorts by, near enough."""
+        return self.value is not None and bool(PLAIN.fullmatch(self.text))
 
 
 @dataclass

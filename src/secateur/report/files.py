@@ -268,7 +268,7 @@ class RecoveryStep(TypedDict):
 
 
 def checked(path: Path, form: Any, made_by: str) -> Any:
-    """The content of a JSON file that has the form of one of the dictionaries above. Raises InputError if it has not."""
+    """The content of a JSON file that has the form of one of the dictionaries above. Raises InputError if not."""
     value = read_json(path, made_by)
     try:
         TypeAdapter(form).validate_python(value, strict=True)
@@ -303,4 +303,3 @@ def lines(path: Path, form: Any) -> tuple[list[Any], list[str]]:
 def _first(error: ValidationError) -> str:
     one = error.errors()[0]
     return f"{'.'.join(str(part) for part in one['loc']) or 'content'}: {one['msg'].lower()}"
-

@@ -4,6 +4,7 @@ Shape suffixes: L layers (that have such units), K columns of a map.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.colors import ListedColormap
@@ -39,77 +40,103 @@ def maps(record: Record) -> list[Drawn]:
     return [_map(record, kind) for kind in record.kinds()]
 
 
+@dataclass(frozen=True)
+class Shown:
+    """What a map shows: a value a layer and column."""
+
+    title: str
+    values_LK: Array
+    """NaN where a layer has no such column."""
+    column: str
+    """What a column is."""
+    unit: str
+    legend: tuple[str, str]
+    top: float = 1.0
+    """The value that is shown as the fullest shade."""
+
+    @property
+    def gates(self) -> bool:
+        """Whether the values are those of gates, not shares."""
+        return self.unit == "gate value"
+
+
+def _shown(kind: str, units: Sequence[Units]) -> Shown:
+    if kind in ("heads", "kv_groups"):
+        values_LK = _rows([u.value_N for u in units])
+        top = max(1.0, float(np.nanmax(values_LK)))
+        column = "head" if kind == "heads" else "KV group"
+        return Shown(TITLES[kind], values_LK, column, "gate value", ("removed", f"gate value {figure(top)}"), top)
+    if kind == "expert_channels" and all(u.experts for u in units):
+        shares = [u.kept.reshape(u.experts, -1).mean(1) for u in units]
+        return Shown(TITLES[kind], _rows(shares), "expert", "% kept", ("0 % of its channels kept", "100 %"))
+    columns = min(COLUMNS, min(len(u.value_N) for u in units))
+    shares = [np.array([part.mean() for part in np.array_split(u.kept, columns)]) for u in units]
+    title = "Layers × channels of all experts" if kind == "expert_channels" else TITLES[kind]
+    return Shown(title, np.array(shares), "channels", "% kept", ("0 % kept", "100 %"))
+
+
+def _rows(values: Sequence[Array]) -> Array:
+    """Rows of different lengths as one array, filled up with NaN."""
+    filled = np.full((len(values), max(map(len, values))), np.nan)
+    for row, own in zip(filled, values, strict=True):
+        row[: len(own)] = own
+    return filled
+
+
 def _map(record: Record, kind: str) -> Drawn:
     units = record.of(kind)
-    layers = [u.layer for u in units]
-    if kind in ("heads", "kv_groups"):
-        width = max(len(u.value_N) for u in units)
-        shown_LK = np.full((len(units), width), np.nan)
-        for row, u in zip(shown_LK, units, strict=True):
-            row[: len(u.value_N)] = u.value_N
-        top = max(1.0, float(np.nanmax(shown_LK)))
-        column, legend, across = "head" if kind == "heads" else "KV group", ("removed", f"gate value {figure(top)}"), width
-    elif kind == "expert_channels" and all(u.experts for u in units):
-        across = max(u.experts for u in units)
-        shown_LK = np.full((len(units), across), np.nan)
-        for row, u in zip(shown_LK, units, strict=True):
-            row[: u.experts] = u.kept_N.reshape(u.experts, -1).mean(1)
-        column, legend, top = "expert", ("0 % of its channels kept", "100 %"), 1.0
-    else:
-        across = min(COLUMNS, min(len(u.value_N) for u in units))
-        shown_LK = np.array([[part.mean() for part in np.array_split(u.kept_N, across)] for u in units])
-        column, legend, top = "channels", ("0 % kept", "100 %"), 1.0
-    name = f"map-{record.number}-{kind.replace('_', '-')}"
-    kept = sum(int(u.kept_N.sum()) for u in units)
-    of = sum(len(u.value_N) for u in units)
+    shown, layers = _shown(kind, units), [u.layer for u in units]
+    kept, of = sum(int(u.kept.sum()) for u in units), sum(len(u.value_N) for u in units)
     least, most = min(units, key=lambda u: u.share), max(units, key=lambda u: u.share)
     words = (
         f"Of {of:,} {KINDS[kind]}, {kept:,} are kept ({kept / of:.1%}). Layer {least.layer} keeps the smallest share, "
         f"{least.share:.1%}, layer {most.layer} the largest, {most.share:.1%}."
     )
-    if kind == "expert_channels" and column == "expert":
-        gone = int((shown_LK == 0).sum())
+    if shown.column == "expert":
+        gone = int((shown.values_LK == 0).sum())
         words += f" {gone:,} experts keep no channel." if gone != 1 else " One expert keeps no channel."
-    canvas, place = _image(shown_LK / top, layers, "channel" if column == "channels" else column, units, column)
-    head = column in ("head", "KV group")
-    values = [[None if np.isnan(v) else round(float(v), 3) if head else round(100 * float(v), 1) for v in row]
-              for row in shown_LK]  # fmt: skip
-    data = {"kind": "map", "box": place, "layers": layers, "column": column, "values": values,
-            "unit": "gate value" if head else "% kept", "units": [len(u.value_N) for u in units]}  # fmt: skip
-    return Drawn(name, TITLES[kind] if column != "channels" or kind != "expert_channels" else "Layers × channels of all experts",
-                 words, markup(canvas, name, TITLES[kind], words), _map_table(name, column, layers, shown_LK), data,
-                 legend=legend)  # fmt: skip
+    canvas, place = _image(shown, units)
+    name = f"map-{record.number}-{kind.replace('_', '-')}"
+    factor, digits = (1, 3) if shown.gates else (100, 1)
+    values = [[None if np.isnan(v) else round(factor * float(v), digits) for v in row] for row in shown.values_LK]
+    data = {
+        "kind": "map", "box": place, "layers": layers, "column": shown.column, "values": values, "unit": shown.unit,
+        "units": [len(u.value_N) for u in units],
+    }  # fmt: skip
+    svg, table = markup(canvas, name, shown.title, words), _map_table(name, shown, layers)
+    return Drawn(name, shown.title, words, svg, table, data, legend=shown.legend)
 
 
-def _image(shown_LK: Array, layers: Sequence[int], title: str, units: Sequence[Units], column: str) -> tuple[Figure, list[float]]:
-    height = min(7.0, max(HEIGHT, 0.9 + 0.085 * len(layers)))
+def _image(shown: Shown, units: Sequence[Units]) -> tuple[Figure, list[float]]:
+    rows, columns = shown.values_LK.shape
+    height = min(7.0, max(HEIGHT, 0.9 + 0.085 * rows))
     with drawing():
         canvas = Figure(figsize=(WIDTH, height))
         axes = canvas.add_axes((PLACE[0], 0.46 / height, PLACE[2], 1 - 0.56 / height))
         axes.grid(False)
-        width = max(len(u.value_N) for u in units) if column == "channels" else shown_LK.shape[1]
-        extent = (-0.5, width - 0.5, len(layers) - 0.5, -0.5)
-        axes.imshow(np.ma.masked_invalid(shown_LK), cmap=SHADES, vmin=0, vmax=1, aspect="auto", extent=extent,
-                    interpolation="none")  # fmt: skip
-        axes.set_xlabel(title)
+        width = max(len(u.value_N) for u in units) if shown.column == "channels" else columns
+        extent = (-0.5, width - 0.5, rows - 0.5, -0.5)
+        image = np.ma.masked_invalid(shown.values_LK / shown.top)
+        axes.imshow(image, cmap=SHADES, vmin=0, vmax=1, aspect="auto", extent=extent, interpolation="none")
+        axes.set_xlabel("channel" if shown.column == "channels" else shown.column)
         axes.set_ylabel("layer")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-        rows = [round(i) for i in np.linspace(0, len(layers) - 1, min(len(layers), 9))]
-        axes.set_yticks(rows, [str(layers[i]) for i in rows])
+        places = [round(i) for i in np.linspace(0, rows - 1, min(rows, 9))]
+        axes.set_yticks(places, [str(units[i].layer) for i in places])
         for side in ("top", "right"):
             axes.spines[side].set_visible(True)
         return canvas, box(axes)
 
 
-def _map_table(name: str, column: str, layers: Sequence[int], shown_LK: Array) -> Table:
-    head = column in ("head", "KV group")
-    what = "gate values, 0 is removed" if head else "% kept"
-    columns = ["layer", *(str(k) for k in range(shown_LK.shape[1]))]
-    table = Table(f"{name}-table", f"{what}, by layer and {column}" + (" (in equal parts)" if column == "channels" else ""),
-                  columns)  # fmt: skip
-    for layer, row in zip(layers, shown_LK, strict=True):
-        texts = [Cell("") if np.isnan(v) else Cell(f"{v:.2f}" if head else f"{100 * v:.0f}", float(v)) for v in row]
-        table.add(Cell(str(layer), layer), *texts)
+def _map_table(name: str, shown: Shown, layers: Sequence[int]) -> Table:
+    what = "gate values, 0 is removed" if shown.gates else "% kept"
+    parts = " (in equal parts)" if shown.column == "channels" else ""
+    columns = ["layer", *(str(k) for k in range(shown.values_LK.shape[1]))]
+    table = Table(f"{name}-table", f"{what}, by layer and {shown.column}{parts}", columns)
+    for layer, row in zip(layers, shown.values_LK, strict=True):
+        texts = [f"{v:.2f}" if shown.gates else f"{100 * v:.0f}" for v in row]
+        cells = [Cell("") if np.isnan(v) else Cell(text, float(v)) for text, v in zip(texts, row, strict=True)]
+        table.add(Cell(str(layer), layer), *cells)
     return table
 
 
@@ -153,11 +180,11 @@ def widths_table(records: Sequence[Record]) -> Table | None:
             for u in record.of(kind):
                 experts = Cell("")
                 if u.experts:
-                    left = int(u.kept_N.reshape(u.experts, -1).any(1).sum())
+                    left = int(u.kept.reshape(u.experts, -1).any(1).sum())
                     experts = Cell(f"{left:,} of {u.experts:,}", left)
-                median = float(np.median(u.value_N[u.kept_N])) if u.kept_N.any() else float("nan")
+                median = float(np.median(u.value_N[u.kept])) if u.kept.any() else float("nan")
                 table.add(*([record.label] if many else []), Cell(str(u.layer), u.layer), KINDS[kind], len(u.value_N),
-                          int(u.kept_N.sum()), Cell(f"{u.share:.1%}", u.share), experts, median,
+                          int(u.kept.sum()), Cell(f"{u.share:.1%}", u.share), experts, median,
                           kind=kind, run=record.number)  # fmt: skip
     if not any(u.experts for record in known for u in record.groups):
         place = columns.index("experts left")
@@ -187,7 +214,9 @@ def histogram(record: Record) -> Drawn | None:
             counts = np.histogram(np.minimum(open_N, top), edges)[0] / len(value_N)
             shares.append((closed, counts))
             slot = edges[1] * 0.8 / len(kinds)
-            axes.bar(-edges[1] * 1.4 + i * slot, closed, slot * 0.9, align="edge", color=series(i), alpha=0.45, zorder=2)
+            axes.bar(
+                -edges[1] * 1.4 + i * slot, closed, slot * 0.9, align="edge", color=series(i), alpha=0.45, zorder=2
+            )
             axes.stairs(counts, edges, color=series(i), label=KINDS[kind], fill=False, linewidth=1.6)
             axes.stairs(counts, edges, color=series(i), fill=True, alpha=0.18)
             ends = f"; half of the others lie between {figure(float(np.quantile(open_N, 0.25)))} and " \
@@ -205,6 +234,8 @@ def histogram(record: Record) -> Drawn | None:
     zero = [Cell(figure(100 * closed), closed) for closed, _ in shares]
     table.add(Cell("removed", -1.0), Cell("", -1.0), *zero)
     for i in range(BINS):
-        table.add(float(edges[i]), float(edges[i + 1]), *(Cell(figure(100 * float(c[i])), float(c[i])) for _, c in shares))
+        table.add(
+            float(edges[i]), float(edges[i + 1]), *(Cell(figure(100 * float(c[i])), float(c[i])) for _, c in shares)
+        )
     title, said = "Values of the gates", " ".join(words)
     return Drawn(name, title, said, markup(canvas, name, title, said), table)

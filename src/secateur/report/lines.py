@@ -19,7 +19,7 @@ PLACE, PLAIN = (0.145, 0.155, 0.83, 0.72), (0.145, 0.155, 0.83, 0.80)
 """Its axes, with room for a legend above, and without."""
 
 POINTS = 400
-"""Points of a line; where there are more, it is the mean of a stretch, and a band goes from its least to its largest."""
+"""Points of a line; where there are more, it is the mean of a stretch, with a band from its least to its largest."""
 
 NAMED = 6
 """Lines that a figure names in words and in a legend."""
@@ -71,13 +71,13 @@ class Panel:
             axes = canvas.add_axes(PLACE if named else PLAIN)
             for line in self.lines:
                 x, y, low, high = thinned(line)
-                gid = {} if line.run is None else {"gid": f"{RUN}{line.run}"}
+                gid = None if line.run is None else f"{RUN}{line.run}"
                 label = line.label if len(self.lines) <= NAMED else None
                 colour = INK if line.colour < 0 else series(line.colour)
                 marker = "o" if len(x) <= 1 else None
                 if low is not None and high is not None and np.any(high > low):
-                    axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0, **gid)
-                axes.plot(x, y, line.style, color=colour, label=label, marker=marker, markersize=3, **gid)
+                    axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0, gid=gid)
+                axes.plot(x, y, line.style, color=colour, label=label, marker=marker, markersize=3, gid=gid)
             for place, label in self.marks:
                 axes.axvline(place, color=INK, linewidth=0.8, linestyle=":")
                 axes.annotate(label, (place, 1), xycoords=("data", "axes fraction"), xytext=(3, -8),
@@ -87,7 +87,7 @@ class Panel:
             if self.y_range is not None:
                 axes.set_ylim(*self.y_range)
             if self.integers:
-                axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
+                axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, steps=[1, 2, 5, 10]))
             axes.margins(x=0.02, y=0.12 if self.marks else 0.05)
             axes.set_xlabel(self.x_title)
             axes.set_ylabel(self.y_title)

@@ -41,8 +41,8 @@ def _comparable(records: Sequence[Record]) -> dict[str, list[Record]]:
         if record.evaluation is not None:
             dense = record.evaluation["dense"]
             about = (
-                f"{public_name(record.run.config.model)} on {record.evaluation['text']}, {dense['windows']:,} windows of "
-                f"{dense['length']:,} tokens; dense perplexity {dense['perplexity']:.2f}"
+                f"{public_name(record.run.config.model)} on {record.evaluation['text']}, {dense['windows']:,} windows "
+                f"of {dense['length']:,} tokens; dense perplexity {dense['perplexity']:.2f}"
             )
             found.setdefault(about, []).append(record)
     return found
@@ -74,7 +74,9 @@ def _pareto(name: str, title: str, x_title: str, points: list[Point], about: str
         for record, x, y in points:
             gid = f"{RUN}{record.number}"
             axes.plot([x], [y], "o", color=series(record.number), markersize=6, gid=gid)
-            axes.annotate(str(record.number + 1), (x, y), xytext=(6, 3), textcoords="offset points", fontsize=8, gid=gid)
+            axes.annotate(
+                str(record.number + 1), (x, y), xytext=(6, 3), textcoords="offset points", fontsize=8, gid=gid
+            )
         axes.set_yscale("log")
         worst = max([2.0, *(y for _, _, y in points if np.isfinite(y))])
         ticks = [t for t in (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 7, 10, 20, 50, 100, 1000, 10_000) if t <= worst * 1.3]
@@ -166,7 +168,8 @@ def bench_figure(bench: Mapping[str, Any], name: str) -> Drawn:
         places = np.arange(len(rows))
         measured = np.array([[row["speedup"][k] for k in ("median", "low", "high")] for row in rows]).reshape(-1, 3)
         spread = np.abs(measured[:, 1:].T - measured[:, 0])
-        axes.barh(places - 0.17, measured[:, 0], 0.32, xerr=spread, color=series(0), label="measured (least to largest)",
+        label = "measured (least to largest)"
+        axes.barh(places - 0.17, measured[:, 0], 0.32, xerr=spread, color=series(0), label=label,
                   error_kw={"ecolor": INK, "elinewidth": 1.0, "capsize": 2.5})  # fmt: skip
         axes.barh(places + 0.17, [row["ideal"]["speedup"] for row in rows], 0.32, color=FAINT, edgecolor=INK,
                   linewidth=0.6, label="ideal (FLOPs or bytes)")  # fmt: skip

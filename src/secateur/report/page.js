@@ -29,7 +29,8 @@ theme.addEventListener("click", () => {
 const key = (row, place) => {
   const cell = row.cells[place];
   if (cell.dataset.v !== undefined) return cell.dataset.v === "nan" ? NaN : Number(cell.dataset.v);
-  return cell.textContent.trim().toLowerCase();
+  const text = cell.textContent.trim();
+  return /^-?\d+(\.\d+)?$/.test(text) ? Number(text) : text.toLowerCase();
 };
 const order = (a, b) => {
   if (typeof a === "number" && typeof b === "number") return Number.isNaN(a) - Number.isNaN(b) || a - b || 0;

@@ -8,7 +8,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from secateur.bench_report import lines as bench_lines
 from secateur.card import arrival, protocol, public_name, task_protocol
@@ -65,13 +65,14 @@ def page(records: Sequence[Record], now: datetime | None = None) -> str:
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters["code"] = _code
     many = len(records) > 1
     single = records[0].run.config
     details = [_details(record) for record in records]
     sampled = any(one.samples for one in details)
     script = (HERE / "page.js").read_text(encoding="utf-8")
     title = f"{len(records)} runs" if many else f"{public_name(single.model)}, {single.sparsity:.0%} removed"
-    return environment.get_template("page.html").render(
+    text = environment.get_template("page.html").render(
         title=title,
         records=records,
         many=many,
@@ -96,6 +97,13 @@ def page(records: Sequence[Record], now: datetime | None = None) -> str:
         settings=tables.settings(records),
         provenance=tables.provenance(records),
     )
+    return text.lstrip()
+
+
+def _code(text: str) -> Markup:
+    """Text in which what stands between backticks is code."""
+    parts = [escape(part) for part in text.split("`")]
+    return Markup("").join(Markup(f"<code>{part}</code>") if i % 2 else part for i, part in enumerate(parts))
 
 
 def _details(record: Record) -> Details:

@@ -50,14 +50,14 @@ class Units:
     """Experts among which they are divided evenly; 0: there are none, or the files do not say."""
 
     @property
-    def kept_N(self) -> Array:
+    def kept(self) -> Array:
         """Which are kept. A unit whose gate value is 0 does nothing, kept or not."""
         return self.value_N > 0
 
     @property
     def share(self) -> float:
         """Share that is kept."""
-        return float(self.kept_N.mean())
+        return float(self.kept.mean())
 
 
 @dataclass(frozen=True)

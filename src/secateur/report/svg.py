@@ -13,6 +13,7 @@ from html import escape
 from typing import Any
 
 import matplotlib
+from cycler import cycler
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -45,7 +46,7 @@ _SETTINGS: dict[str, Any] = {
     "grid.linewidth": 0.6,
     "grid.color": FAINT,
     "axes.axisbelow": True,
-    "axes.prop_cycle": matplotlib.cycler(color=[f"#0102{number:02x}" for number in range(SERIES)]),
+    "axes.prop_cycle": cycler(color=[f"#0102{number:02x}" for number in range(SERIES)]),
     "xtick.major.width": 0.7,
     "ytick.major.width": 0.7,
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),

@@ -7,7 +7,7 @@ from typing import Any
 
 from secateur.card import human, public_name, summary
 from secateur.card import warnings as figures_to_mind
-from secateur.report.drawn import Cell, Table, cell, figure
+from secateur.report.drawn import Cell, Table, figure
 from secateur.report.reading import Record
 
 
@@ -19,13 +19,16 @@ class Card:
     value: str
     change: str = ""
     note: str = ""
+    command: str = ""
+    """What to run for it."""
     good: bool | None = None
     """Whether it is good news; None: neither."""
 
 
 def warnings(records: Sequence[Record]) -> list[tuple[str, str]]:
-    """(run, what to know) before anything else."""
-    found = []
+    """(runs, what to know) before anything else. What is true of several runs is said once, of a folder RUN."""
+    labels: dict[str, list[str]] = {}
+    own: dict[str, str] = {}
     for record in records:
         said = list(record.problems)
         if record.evaluation is not None:
@@ -36,8 +39,11 @@ def warnings(records: Sequence[Record]) -> list[tuple[str, str]]:
         for equal in record.equivalences:
             if not equal["passed"]:
                 said.append(f"{equal['runtime']} does not compute what {equal['reference']} computes of this export")
-        found += [(record.label, line) for line in said]
-    return found
+        for line in said:
+            alike = line.replace(str(record.run.folder), "RUN")
+            labels.setdefault(alike, []).append(record.label)
+            own[alike] = line
+    return [(", ".join(runs), own[line] if len(runs) == 1 else line) for line, runs in labels.items()]
 
 
 def cards(record: Record) -> list[Card]:
@@ -58,13 +64,14 @@ def cards(record: Record) -> list[Card]:
     scored = [task for task in tasks.values() if "acc" in task["dense"]]
     if scored:
         means = [sum(task[model]["acc"] for task in scored) / len(scored) for model in ("dense", "pruned")]
-        found.append(Card("Accuracy" if len(scored) == 1 else f"Accuracy, mean of {len(scored)} tasks",
-                          f"{means[0]:.3f} → {means[1]:.3f}", f"{means[1] - means[0]:+.3f}".replace("-", "−")))  # fmt: skip
+        title = "Accuracy" if len(scored) == 1 else f"Accuracy, mean of {len(scored)} tasks"
+        change = f"{means[1] - means[0]:+.3f}".replace("-", "−")
+        found.append(Card(title, f"{means[0]:.3f} → {means[1]:.3f}", change))
     if record.verification is not None:
         exact = record.verification["comparisons"][-1]
         passed = record.verification["passed"]
-        found.append(Card("Verification", "passed" if passed else "FAILED",
-                          note=f"{exact['dtype']} logits differ by {exact['max_difference']:.2g} at most", good=passed))  # fmt: skip
+        note = f"{exact['dtype']} logits differ by {exact['max_difference']:.2g} at most"
+        found.append(Card("Verification", "passed" if passed else "FAILED", note=note, good=passed))
     return found
 
 
@@ -86,7 +93,7 @@ def _speeds(record: Record) -> Iterator[Card]:
     if record.evaluation is not None and not record.benches:
         dense, pruned = record.evaluation["dense"], record.evaluation["pruned"]
         yield Card("Speed", "not measured", f"−{1 - pruned['flops_per_token'] / dense['flops_per_token']:.1%} FLOPs",
-                   f"`secateur bench {record.run.folder}` measures it")  # fmt: skip
+                   command=f"secateur bench {record.run.folder}")  # fmt: skip
 
 
 def beside(records: Sequence[Record]) -> Table:
@@ -101,17 +108,21 @@ def beside(records: Sequence[Record]) -> Table:
             pruned, dense = done["pruned"], done["dense"]
             ratio = pruned["perplexity"] / dense["perplexity"]
             figures = [
-                Cell(human(pruned["parameters"]), pruned["parameters"]), Cell(f"{pruned['perplexity']:.2f}", pruned["perplexity"]),
+                Cell(human(pruned["parameters"]), pruned["parameters"]),
+                Cell(f"{pruned['perplexity']:.2f}", pruned["perplexity"]),
                 Cell(f"{ratio:.2f} ×", ratio), Cell(human(pruned["disk_bytes"], "B"), pruned["disk_bytes"]),
                 Cell(human(pruned["kv_bytes_per_token"], "B"), pruned["kv_bytes_per_token"]),
             ]  # fmt: skip
-        speeds = [r["speedup"]["median"] for bench in record.benches for r in bench["timings"] if r["metric"] == "decode"]
+        speeds = [
+            r["speedup"]["median"] for bench in record.benches for r in bench["timings"] if r["metric"] == "decode"
+        ]
         missing = [stage.name for stage in record.stages if not stage.done]
         state = "finished" if done is not None else f"stopped before {missing[0]}" if missing else "finished"
         verified = "not yet" if record.verification is None else "yes" if record.verification["passed"] else "FAILED"
         spent = Cell(f"{c.steps:,} × {c.batch_size * c.seq_len:,}", float(c.steps * c.batch_size * c.seq_len))
-        table.add(f"{record.number + 1} {record.label}", c.method, Cell(f"{c.sparsity:.0%}", c.sparsity), spent, *figures,
-                  Cell(f"{speeds[0]:.2f} ×", speeds[0]) if speeds else empty[0], verified, state, run=record.number)  # fmt: skip
+        label, removed = f"{record.number + 1} {record.label}", Cell(f"{c.sparsity:.0%}", c.sparsity)
+        speed = Cell(f"{speeds[0]:.2f} ×", speeds[0]) if speeds else empty[0]
+        table.add(label, c.method, removed, spent, *figures, speed, verified, state, run=record.number)
     return table
 
 
@@ -132,9 +143,9 @@ def verification(record: Record) -> Table | None:
     columns = ["compared", "on", "largest difference", "allowed", "agreement", "passed"]
     table = Table(f"verification-{record.number}", "Verification", columns)
     for c in (record.verification or {"comparisons": []})["comparisons"]:
-        mean = c["dtype"] != "float32"
+        allowed = figure(float(c["allowed"])) + (" on average" if c["dtype"] != "float32" else "")
         table.add(f"gated against exported logits, {c['dtype']}", f"{c['tokens']:,} tokens",
-                  float(c["max_difference"]), Cell(figure(float(c["allowed"])) + (" on average" if mean else ""), c["allowed"]),
+                  float(c["max_difference"]), Cell(allowed, c["allowed"]),
                   f"{c['same_top_token']:.2%} same top token", "yes" if c["passed"] else "NO")  # fmt: skip
     for e in record.equivalences:
         for model in ("pruned", "dense"):
