@@ -88,6 +88,7 @@ def markup(figure: Figure, name: str, label: str, description: str) -> Markup:
     body = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", body, flags=re.DOTALL)
     body = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", body, count=1, flags=re.DOTALL)
     body = re.sub(r"font: (?:(bold) )?([\d.]+)px [^;\"]*", _font, body)
+    body = re.sub(r"font-family: [^;\"]*(; )?", "", body)
     body = re.sub(r"#01010[12]|#0102[0-9a-f]{2}", lambda found: _VARIABLES[found[0]], body)
     used = set(re.findall(r'(?:url\(#|href="#)([^")]+)', body))
     body = re.sub(r'\s+id="([^"]+)"', lambda found: _identity(found[1], name, used), body)
