@@ -108,7 +108,8 @@ def evaluation(generator: np.random.Generator, kept: float, tasks: int = 3) -> d
     """What eval.json holds."""
     dense = {"parameters": 134_515_008, "active_parameters": 134_515_008, "block_parameters": 106_168_320,
              "flops_per_token": 268_959_744, "kv_bytes_per_token": 46_080, "perplexity": 14.01, "loss": 2.64,
-             "windows": 20, "length": 512, "tokens": 10_220, "disk_bytes": 538_060_032}  # fmt: skip
+             "loss_stderr": 0.06, "windows": 20, "length": 512, "tokens": 10_220,
+             "disk_bytes": 538_060_032}  # fmt: skip
     pruned = {name: int(value * (0.2 + 0.8 * kept)) if value > 1000 else value for name, value in dense.items()}
     worse = float(np.exp(1.6 * (1 - kept) ** 1.3 + 0.05 * generator.random()))
     pruned |= {"perplexity": dense["perplexity"] * worse, "loss": 2.64 + float(np.log(worse)), "tokens": 10_220}
@@ -128,6 +129,7 @@ def evaluation(generator: np.random.Generator, kept: float, tasks: int = 3) -> d
     return {
         "method": "deterministic", "text": "wiki.test.raw.txt", "join": "raw", "dense": dense, "pruned": pruned,
         "rounding": rounding, "updates": [], "fixing": None, "tasks": found, "samples": [sample, sample],
+        "loss_change_stderr": 0.012,
         "overlap": {"run_words": 13, "calibration_words": 6661, "text": {"words": 6117, "covered": 0, "runs": 0},
                     "tasks": {}},
         "seconds": {"learn": 90.3, "eval": 34.3}, "versions": {"secateur": "0.1.0", "torch": "2.13.0"},

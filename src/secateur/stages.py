@@ -17,7 +17,7 @@ from secateur.attach import attached, compensation
 from secateur.budget import everything, figures
 from secateur.card import model_card, public_name
 from secateur.config import Config
-from secateur.evaluate import perplexity, windows
+from secateur.evaluate import compared, windows
 from secateur.export import as_shipped, export
 from secateur.families import FAMILIES
 from secateur.files import InputError, read_json, write_json, write_text
@@ -317,14 +317,15 @@ def eval_stage(session: Session) -> dict[str, Any]:
     with session.timed("eval"):
         exported = load_export(session, next(loaded.model.parameters()).dtype)
         bytes_per_value = loaded.checkpoint_dtype.itemsize
-        dense = asdict(figures(description, None, bytes_per_value)) | asdict(perplexity(loaded.model, ids_NT))
+        quality = compared(loaded.model, exported, ids_NT)
+        dense = asdict(figures(description, None, bytes_per_value)) | quality.pop("dense")
         sizes = figures_of(description, plan, bytes_per_value)
-        pruned = asdict(sizes) | asdict(perplexity(exported, ids_NT))
+        pruned = asdict(sizes) | quality.pop("pruned")
         dense["disk_bytes"] = dense["parameters"] * bytes_per_value
         pruned["disk_bytes"] = sum(f.stat().st_size for f in run.model.glob("*.safetensors"))
         counted = sum(p.numel() for p in exported.parameters())
         assert counted == pruned["parameters"], f"the export has {counted} parameters, {pruned['parameters']} planned"
-        written = samples(loaded.model, exported, loaded.tokenizer, ids_NT)
+        quality["samples"] = samples(loaded.model, exported, loaded.tokenizer, ids_NT)
     gates = load_gates(run.gates, description.groups, session.architecture)
     results: dict[str, Any] = {"method": c.method, "text": text, "dense": dense, "pruned": pruned}
     results["rounding"] = asdict(rounding)
@@ -332,7 +333,7 @@ def eval_stage(session: Session) -> dict[str, Any]:
     if "refit" in results["updates"]:
         results["refit"] = read_json(run.refit, f"secateur refit {run.folder}")
     results["fixing"] = gates.about.get("fixing")
-    results |= {"join": join, "samples": written, "versions": versions()}
+    results |= {"join": join, "versions": versions(), **quality}
     if tasks is not None:
         with session.timed("score"):
             results["tasks"] = tasks.compare(

@@ -26,6 +26,7 @@ class Figures(TypedDict):
     windows: int
     length: int
     tokens: int
+    loss_stderr: NotRequired[float | None]
 
 
 class Rounding(TypedDict):
@@ -105,6 +106,7 @@ class Evaluation(TypedDict):
     updates: NotRequired[list[str]]
     tasks: NotRequired[dict[str, Task]]
     overlap: NotRequired[Overlap]
+    loss_change_stderr: NotRequired[float | None]
     samples: NotRequired[list[Sample]]
     versions: NotRequired[dict[str, str]]
 

@@ -13,6 +13,7 @@ from secateur.report.drawn import Cell, Drawn, Table
 from secateur.report.lines import HEIGHT, PLAIN, WIDTH
 from secateur.report.reading import Record
 from secateur.report.svg import FAINT, INK, RUN, box, drawing, markup, series
+from secateur.report.tables import times
 
 Point = tuple[Record, float, float]
 """A run, what it costs as a share of the dense model, and its perplexity as a multiple of the dense one's."""
@@ -25,9 +26,9 @@ def pareto(records: Sequence[Record]) -> list[Drawn]:
         sizes = [(r, r.evaluation["pruned"]["parameters"] / r.evaluation["dense"]["parameters"]) for r in known
                  if r.evaluation]  # fmt: skip
         figures.append(_pareto(f"pareto-size-{place}", "Quality against size", "parameters, share of the dense model",
-                               [(r, x, _quality(r)) for r, x in sizes], about, best_is_low=True))  # fmt: skip
+                               [(r, x, r.ratio[0]) for r, x in sizes], about, best_is_low=True))  # fmt: skip
         for runtime in sorted({bench["runtime"] for r in known for bench in r.benches}):
-            speeds = [(r, x, _quality(r)) for r in known if (x := _decode(r, runtime)) is not None]
+            speeds = [(r, x, r.ratio[0]) for r in known if (x := _decode(r, runtime)) is not None]
             if speeds:
                 figures.append(_pareto(f"pareto-{runtime}-{place}", f"Quality against speed, {runtime}",
                                        "decoding speed, × dense", speeds, about, best_is_low=False))  # fmt: skip
@@ -46,11 +47,6 @@ def _comparable(records: Sequence[Record]) -> dict[str, list[Record]]:
             )
             found.setdefault(about, []).append(record)
     return found
-
-
-def _quality(record: Record) -> float:
-    assert record.evaluation is not None
-    return float(np.divide(record.evaluation["pruned"]["perplexity"], record.evaluation["dense"]["perplexity"]))
 
 
 def _decode(record: Record, runtime: str) -> float | None:
@@ -73,6 +69,9 @@ def _pareto(name: str, title: str, x_title: str, points: list[Point], about: str
             axes.plot([p[1] for p in front], [p[2] for p in front], color=INK, linewidth=0.9, linestyle="--")
         for record, x, y in points:
             gid = f"{RUN}{record.number}"
+            error = record.ratio[1]
+            if np.isfinite(error):
+                axes.vlines(x, max(y - error, 0.1), y + error, color=series(record.number), linewidth=1.2, gid=gid)
             axes.plot([x], [y], "o", color=series(record.number), markersize=6, gid=gid)
             axes.annotate(
                 str(record.number + 1), (x, y), xytext=(6, 3), textcoords="offset points", fontsize=8, gid=gid
@@ -88,7 +87,7 @@ def _pareto(name: str, title: str, x_title: str, points: list[Point], about: str
         axes.set_ylabel("perplexity, × dense")
         data = {"kind": "points", "box": box(axes), "x": list(axes.get_xlim()), "y": list(axes.get_ylim()), "log": True,
                 "points": [{"name": f"{r.number + 1} {r.label}", "run": r.number, "x": x, "y": y,
-                            "text": f"{x:.3g} {x_title.partition(',')[0]}, perplexity {y:.3g} × dense"}
+                            "text": f"{x:.3g} {x_title.partition(',')[0]}, perplexity {times(r)} dense"}
                            for r, x, y in points if np.isfinite(y)]}  # fmt: skip
     table = Table(f"{name}-table", f"{title}, figures", ["run", x_title, "perplexity, × dense", "on the front"])
     for record, x, y in points:

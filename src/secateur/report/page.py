@@ -20,6 +20,8 @@ from secateur.report.svg import SERIES
 
 HERE = Path(__file__).parent
 
+ERRORS = "Errors, where there are any, are standard errors over the windows, that of a change window by window."
+
 OPENED = 3
 """Runs whose details are open when the page is; where there are more, all are folded."""
 
@@ -110,7 +112,10 @@ def _details(record: Record) -> Details:
     done = record.evaluation
     said = []
     if done is not None:
-        said = [f"Perplexity: {protocol(done)}; {done['text']}.", f"B{arrival(done)[1:]}."]
+        said = [
+            f"Perplexity: {protocol(done)}; {done['text']}. {ERRORS}",
+            f"B{arrival(done)[1:]}.",
+        ]
         said += [f"Tasks: {told}."] if (told := task_protocol(done)) else []
     for number, refit in enumerate(record.refits, 1):
         ridge = "no ridge lowered it" if refit["ridge"] is None else f"ridge {refit['ridge']:g}"

@@ -7,6 +7,7 @@ Shape suffixes: N units of a group, T steps, C constraints.
 """
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -100,6 +101,16 @@ class Record:
     seconds: dict[str, float] = field(default_factory=dict)
     model_config: dict[str, Any] = field(default_factory=dict)
     """config.json of the export."""
+
+    @property
+    def ratio(self) -> tuple[float, float]:
+        """Perplexity of the pruned model as a multiple of the dense one's, and its standard error over the windows of
+        text; NaN where it is not known."""
+        if self.evaluation is None:
+            return math.nan, math.nan
+        ratio = self.evaluation["pruned"]["perplexity"] / self.evaluation["dense"]["perplexity"]
+        error = self.evaluation.get("loss_change_stderr")
+        return ratio, math.nan if error is None else ratio * error  # of exp(change), to first order
 
     @property
     def learns(self) -> bool:

@@ -1,5 +1,6 @@
 """The words and tables of a report: warnings, headline figures, runs side by side, settings, versions, stages."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -33,9 +34,10 @@ def warnings(records: Sequence[Record]) -> list[tuple[str, str]]:
         said = list(record.problems)
         if record.evaluation is not None:
             said += figures_to_mind(record.evaluation)
-            ratio = record.evaluation["pruned"]["perplexity"] / record.evaluation["dense"]["perplexity"]
-            if not ratio < 10:
-                said.append(f"the perplexity is {ratio:.3g} times the dense model's: it is of no use as it is")
+            if not record.ratio[0] < 10:
+                said.append(
+                    f"the perplexity is {record.ratio[0]:.3g} times the dense model's: it is of no use as it is"
+                )
         for equal in record.equivalences:
             if not equal["passed"]:
                 said.append(f"{equal['runtime']} does not compute what {equal['reference']} computes of this export")
@@ -55,7 +57,7 @@ def cards(record: Record) -> list[Card]:
         windows = f"{dense['windows']:,} × {dense['length']:,} tokens of {public_name(record.evaluation['text'])}"
         found.append(
             Card("Perplexity", f"{figure(dense['perplexity'])} → {figure(pruned['perplexity'])}",
-                 f"{pruned['perplexity'] / dense['perplexity']:.2f} ×", windows)
+                 times(record), windows)
         )  # fmt: skip
         found.append(_shrunk("Weights on disk", dense, pruned, "disk_bytes", "B"))
         found.append(_shrunk("KV cache a token", dense, pruned, "kv_bytes_per_token", "B"))
@@ -105,12 +107,11 @@ def beside(records: Sequence[Record]) -> Table:
         c, done, empty = record.run.config, record.evaluation, [Cell("–", float("nan"))] * 5
         figures = empty
         if done is not None:
-            pruned, dense = done["pruned"], done["dense"]
-            ratio = pruned["perplexity"] / dense["perplexity"]
+            pruned = done["pruned"]
             figures = [
                 Cell(human(pruned["parameters"]), pruned["parameters"]),
                 Cell(f"{pruned['perplexity']:.2f}", pruned["perplexity"]),
-                Cell(f"{ratio:.2f} ×", ratio), Cell(human(pruned["disk_bytes"], "B"), pruned["disk_bytes"]),
+                Cell(times(record), record.ratio[0]), Cell(human(pruned["disk_bytes"], "B"), pruned["disk_bytes"]),
                 Cell(human(pruned["kv_bytes_per_token"], "B"), pruned["kv_bytes_per_token"]),
             ]  # fmt: skip
         speeds = [
@@ -133,7 +134,21 @@ def evaluation(record: Record) -> Table | None:
     table = Table(f"evaluation-{record.number}", "Dense against pruned", ["", "dense", "pruned", "change"])
     for row in summary(record.evaluation):
         table.add(*row)
+    dense, pruned = record.evaluation["dense"], record.evaluation["pruned"]
+    change = _with_error(pruned["loss"] - dense["loss"], record.evaluation.get("loss_change_stderr"))
+    losses = [_with_error(model["loss"], model.get("loss_stderr")) for model in (dense, pruned)]
+    table.add("loss, nats a token", *losses, change if change.startswith("-") else f"+{change}")
     return table
+
+
+def times(record: Record) -> str:
+    """`1.50 ± 0.02 ×`."""
+    ratio, error = record.ratio
+    return f"{ratio:.2f} ×" if math.isnan(error) else f"{ratio:.2f} ± {error:.2f} ×"
+
+
+def _with_error(value: float, error: float | None) -> str:
+    return f"{value:.3f}" if error is None else f"{value:.3f} ± {error:.3f}"
 
 
 def verification(record: Record) -> Table | None:
