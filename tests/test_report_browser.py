@@ -350,7 +350,10 @@ FIGURES = {
 @pytest.mark.parametrize("name", list(FIGURES))
 def test_figures_look_as_they_did(shown, request, name, scheme):
     page = shown(request.getfixturevalue(name), scheme=scheme)
-    page.add_style_tag(content=f"text {{ opacity: 0 }} .plot {{ width: {WIDTH}px !important }} nav {{ display: none }}")
+    page.add_style_tag(
+        content=f"text {{ opacity: 0 }} .plot {{ width: {WIDTH}px !important }} nav {{ display: none }}"
+        ".figures, .beside { grid-template-columns: 1fr !important }"  # nothing lies beside a figure, or behind it
+    )
     wrong = {}
     for figure in FIGURES[name]:
         picture = page.locator(f"#{figure} svg.plot").screenshot(animations="disabled")
