@@ -7,9 +7,10 @@ SERVE := .venv-serve
 MODEL := .cache/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 MODEL_2 := .cache/gemma3-270m/gemma-3-270m-q4_k_m.gguf
 QUANTISERS := .cache/quantisers
+BROWSER := .cache/browser
 MODEL_2_SHA256 := a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818
 
-.PHONY: install model model-2 demo test test-quantise serve test-serve lint typecheck clean
+.PHONY: install model model-2 demo test test-quantise test-browser chromium serve test-serve lint typecheck clean
 
 install: $(VENV)/.installed
 
@@ -72,6 +73,22 @@ $(QUANTISERS)/.installed: | $(VENV)/.installed
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $(QUANTISERS) torchao==0.18.0 llmcompressor==0.14.0.1 \
 		compressed-tensors==0.19.0 loguru==0.7.3 nvidia-ml-py==13.615.71
 	touch $@
+
+# The report in a real browser; what drives it is kept beside the environment. `RENEW=1` writes the screenshots anew.
+test-browser: install $(BROWSER)/.installed chromium
+	PYTHONPATH=$(BROWSER) $(BIN)/python -m pytest tests/test_report_browser.py
+
+$(BROWSER)/.installed: | $(VENV)/.installed
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $(BROWSER) playwright==1.65.2 greenlet==3.5.6 \
+		axe-playwright-python==0.1.8
+	touch $@
+
+# Whichever is there; else Debian's, where it can be installed; else the one that Playwright downloads.
+chromium: $(BROWSER)/.installed
+	@command -v chromium chromium-browser google-chrome > /dev/null \
+		|| { [ "$$(id -u)" = 0 ] && apt-get update -qq \
+			&& apt-get install -qq --yes --no-install-recommends chromium fonts-dejavu-core > /dev/null; } \
+		|| PYTHONPATH=$(BROWSER) $(BIN)/python -m playwright install --with-deps chromium
 
 lint: install
 	$(BIN)/ruff check src tests examples benchmarks

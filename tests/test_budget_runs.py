@@ -8,13 +8,13 @@ import torch
 
 from runs import complaint, prune_arguments, random_tokens, same_gates, secateur, small_llama, write_checkpoint
 from secateur.budget import make_budget
-from secateur.cli import _parse
 from secateur.config import Config, load_config, save_config
 from secateur.costs import bounds_of
 from secateur.describe import describe
 from secateur.files import InputError
 from secateur.importance import ONE_SHOT
 from secateur.learn import learn
+from secateur.options import Prune, parse
 from secateur.recipes import auto_recipe
 from secateur.stages import open_session, plan_stage
 from secateur.wanted import read_budgets
@@ -145,13 +145,13 @@ def test_an_interrupted_run_with_two_budgets_goes_on_bit_for_bit(tmp_path, at):
 
 def test_budgets_are_written_as_they_were_said_and_a_file_repeats_them(tmp_path):
     file = tmp_path / "config.yaml"
-    options = _parse("prune", ["m", "--budget", "params=0.7", "--budget", "kv = 1.5KiB"])
+    options = parse("prune", Prune, ["m", "--budget", "params=0.7", "--budget", "kv = 1.5KiB"])
     assert options.budget == ("params=0.7", "kv = 1.5KiB") and options.sparsity is None
     config = Config("m", budget=options.budget).resolved()
     save_config(config, file)
     assert load_config(file) == config and config.budget == ("params=0.7", "kv=1.5KiB")
-    assert _parse("prune", ["--config", str(file)]).budget == config.budget
-    assert _parse("prune", ["--config", str(file), "--budget", "flops=0.5"]).budget == ("flops=0.5",)
+    assert parse("prune", Prune, ["--config", str(file)]).budget == config.budget
+    assert parse("prune", Prune, ["--config", str(file), "--budget", "flops=0.5"]).budget == ("flops=0.5",)
 
 
 @pytest.mark.parametrize(

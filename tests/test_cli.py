@@ -39,7 +39,7 @@ def test_the_version_is_printed(capsys):
 def test_the_help_of_a_command_names_every_field(capsys, name):
     assert secateur(name, "--help") == 0
     said = capsys.readouterr().out
-    positional, hidden = {"model", "run"}, {"learning"}
+    positional, hidden = {"model", "run", "runs"}, {"learning"}
     for field in fields(COMMANDS[name][0]):
         if field.name not in positional | hidden:
             assert f"--{field.name.replace('_', '-')}" in said
@@ -66,7 +66,7 @@ def test_prune_writes_every_file_of_a_run_and_nothing_half(finished):
     files = {path.name for path in finished.iterdir()}
     assert files == {
         "config.yaml", "data.safetensors", "gates.safetensors", "metrics.jsonl", "plan.json", "model", "verify.json",
-        "eval.json", "timings.json",
+        "eval.json", "timings.json", "report.html",
     }  # fmt: skip
     model = {path.name for path in (finished / "model").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "README.md", "modeling_pruned.py"} <= model
@@ -99,7 +99,8 @@ def test_metrics_have_a_line_a_step(finished):
 
 
 def test_a_finished_run_is_shown_again_by_resuming_it(capsys, run):
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "timings.json"}
+    anew = ("timings.json", "report.html")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name not in anew}
     assert secateur("prune", "--resume", run) == 0
     assert "perplexity" in capsys.readouterr().out
     assert all(path.read_bytes() == content for path, content in before.items())
@@ -173,7 +174,7 @@ INTERRUPTIONS = {
     "planning": (planning, "make_plan", send(signal.SIGINT)),
     "exporting": (exporting, "save_file", send(signal.SIGINT)),
     "verifying": (stages, "compare", send(signal.SIGINT)),
-    "evaluating": (stages, "perplexity", send(signal.SIGINT)),
+    "evaluating": (stages, "compared", send(signal.SIGINT)),
 }
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from secateur.cli import _parse
 from secateur.config import Config, load_config, save_config
 from secateur.files import InputError
+from secateur.options import Prune, parse
 
 
 def config(**settings):
@@ -160,7 +160,7 @@ def test_the_rows_that_are_scored_are_all_that_a_method_sees(method, rows):
 
 
 def parsed(file, *options):
-    return _parse("prune", ["--config", str(file), *options])
+    return parse("prune", Prune, ["--config", str(file), *options])
 
 
 def test_a_config_file_alone_repeats_the_recipe_it_holds(file):

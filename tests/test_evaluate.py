@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from runs import complaint, secateur, small_llama, small_tokenizer
-from secateur.evaluate import mean_loss, perplexity, windows
+from secateur.evaluate import compared, mean_loss, perplexity, windows
 from secateur.text import evaluation_text
 
 WIKI = (
@@ -98,6 +98,20 @@ def test_a_loss_over_many_batches_is_that_of_one(monkeypatch):
     whole = mean_loss(model, ids_NT)
     monkeypatch.setattr("secateur.evaluate.TOKENS_AT_ONCE", 18)
     assert mean_loss(model, ids_NT) == pytest.approx(whole)
+
+
+def test_the_error_of_a_change_is_paired_window_by_window():
+    ids_NT = torch.randint(3, 60, (9, 8), generator=torch.Generator().manual_seed(0))
+    dense, other = small_llama(), small_llama(seed=1)
+    losses = [[mean_loss(model, row[None]) for row in ids_NT] for model in (dense, other)]
+    gaps = torch.tensor(losses[1]) - torch.tensor(losses[0])
+    found = compared(dense, other, ids_NT)
+    assert found["loss_change_stderr"] == pytest.approx(float(gaps.std() / 3), rel=1e-4)
+    assert found["pruned"]["loss"] - found["dense"]["loss"] == pytest.approx(float(gaps.mean()), abs=1e-5)
+    assert found["dense"]["loss"] == pytest.approx(mean_loss(dense, ids_NT))
+    assert found["dense"]["loss_stderr"] == pytest.approx(float(torch.tensor(losses[0]).std() / 3), rel=1e-4)
+    assert compared(dense, other, ids_NT[:1])["loss_change_stderr"] is None
+    assert compared(dense, dense, ids_NT)["loss_change_stderr"] == 0
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from secateur import __version__
 from secateur.config import Config
 from secateur.files import InputError
 from secateur.measure import Bench
-from secateur.options import Export, Learn, Plan, Prune, Sizes, parse_prune
+from secateur.options import Export, Learn, Plan, Prune, Sizes, parse
 
 if TYPE_CHECKING:
     from secateur.run import Run
@@ -111,6 +111,19 @@ class Eval:
     """Items a task, a random sample by the run's seed (default: the run's, else all)."""
 
 
+@dataclass
+class Report:
+    """Write a page to look at, of one run or of several side by side: RUN/report.html.
+
+    Example: secateur report runs/a runs/b --out both.html
+    """
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of runs, finished or not."""
+    out: Path | None = None
+    """File to write (default: RUN/report.html; of several runs ./report.html)."""
+
+
 # --- commands --------------------------------------------------------------------------------------------------------
 
 
@@ -124,7 +137,8 @@ def prune(options: Prune) -> None:
         run = new_run(Config(**{f.name: getattr(options, f.name) for f in fields(Config)}))
     results = _staged(run, "remaining_stages")
     if run.config.sweep is None:
-        return _print(run, results)
+        _print(run, results)
+        return console.print(f"to look at: {run.report}", markup=False, soft_wrap=True)
     from secateur.pareto import show
 
     show(console, results, run.folder / "sizes.png")
@@ -260,6 +274,13 @@ def bench(options: Bench) -> None:
     command(options, lambda said: console.print(said, markup=False, soft_wrap=True), console)
 
 
+def report(options: Report) -> None:
+    """`secateur report`."""
+    from secateur.report.page import write_report
+
+    console.print(f"wrote {write_report(options.runs, options.out)}", markup=False, soft_wrap=True)
+
+
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "prune": (Prune, prune),
     "inspect": (Inspect, inspect),
@@ -272,6 +293,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "recover": (Recover, recover),
     "eval": (Eval, evaluate),
     "bench": (Bench, bench),
+    "report": (Report, report),
 }
 
 
@@ -323,11 +345,6 @@ def _print(run: "Run", results: dict[str, Any]) -> None:
     print_results(console, run, results)
 
 
-def _parse(name: str, arguments: Sequence[str]) -> Any:
-    kind = COMMANDS[name][0]
-    return parse_prune(arguments) if kind is Prune else tyro.cli(kind, args=arguments, prog=f"secateur {name}")
-
-
 def _overview() -> None:
     console.print(f"secateur {__version__}: makes language models smaller by structured pruning\n")
     for name, (kind, _function) in COMMANDS.items():
@@ -349,7 +366,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported, which transformers does
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        options = _parse(name, arguments[1:])
+        options = parse(name, COMMANDS[name][0], arguments[1:])
         _prepare()
         COMMANDS[name][1](options)
     except KeyboardInterrupt:

@@ -10,9 +10,11 @@ their newline, blank ones are "", `"\n\n".join(rows)` is the text, L = 2048, all
 """
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +41,8 @@ class Perplexity:
     """Tokens a window, which is the stride as well; length − 1 of them are predicted."""
     tokens: int
     """Predicted tokens: windows × (length − 1)."""
+    loss_stderr: float | None
+    """Standard error of the loss over the windows; None of one window."""
 
 
 @torch.no_grad()
@@ -79,6 +83,29 @@ def windows(tokens_T: torch.Tensor, count: int, length: int, name: str, bos: int
 
 def perplexity(model: PreTrainedModel, ids_NT: torch.Tensor) -> Perplexity:
     """Perplexity over windows of token ids of shape (windows, length)."""
-    loss = mean_loss(model, ids_NT)
-    count, length = ids_NT.shape
-    return Perplexity(math.exp(min(loss, 700.0)), loss, count, length, count * (length - 1))
+    return perplexity_of(window_losses(model, ids_NT), ids_NT.shape[1])
+
+
+def window_losses(model: PreTrainedModel, ids_NT: torch.Tensor) -> list[float]:
+    """Loss of each window, nats a predicted token."""
+    return [mean_loss(model, ids_NT[i : i + 1]) for i in range(len(ids_NT))]
+
+
+def perplexity_of(losses: Sequence[float], length: int) -> Perplexity:
+    """Perplexity from the losses of windows of `length` tokens."""
+    loss, count = sum(losses) / len(losses), len(losses)
+    return Perplexity(math.exp(min(loss, 700.0)), loss, count, length, count * (length - 1), standard_error(losses))
+
+
+def compared(dense: PreTrainedModel, pruned: PreTrainedModel, ids_NT: torch.Tensor) -> dict[str, Any]:
+    """Perplexities of both models over the same windows, as eval.json has them, and the error of their difference."""
+    losses = [window_losses(model, ids_NT) for model in (dense, pruned)]
+    before, after = (asdict(perplexity_of(of_model, ids_NT.shape[1])) for of_model in losses)
+    error = standard_error([b - a for a, b in zip(*losses, strict=True)])
+    return {"dense": before, "pruned": after, "loss_change_stderr": error}
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Standard error of a mean; None of one value. Of two models' losses, taken window by window, it is that of their
+    difference: far smaller than what each one's own suggests, as windows are hard or easy for both."""
+    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None

@@ -22,7 +22,7 @@ from secateur.optimise import BARELY_OPEN, Step
 from secateur.order import kept_for
 from secateur.policy import policy_of
 from secateur.recipes import Recipe, tie_of
-from secateur.run import recorded
+from secateur.run import recorded, versions
 from secateur.session import Session
 from secateur.wanted import TIMES, read_budgets
 
@@ -96,6 +96,8 @@ def about_gates(session: Session) -> dict[str, Any]:
         "tokens": (c.scored_rows if c.method in ONE_SHOT else c.steps * c.batch_size) * c.seq_len,
         "recipe": asdict(c.learning),
         "fixing": None,
+        "versions": versions(),
+        "experts": {group.name: group.experts for group in session.loaded.description.groups if group.experts},
     }
 
 

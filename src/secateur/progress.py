@@ -26,6 +26,7 @@ TITLES = {
     "eval": "measuring perplexity",
     "tasks": "reading zero-shot tasks",
     "score": "answering zero-shot tasks, dense and pruned",
+    "report": "drawing the report",
 }
 
 

@@ -1,17 +1,20 @@
 """The folder of a run: one file a stage, so that each stage can be rerun alone and an interrupted run goes on.
 
 describe → learn (gates.safetensors) → plan (plan.json) → export (model/) → verify (verify.json)
-  → refit, recover (model/ with other weights; where asked for) → eval (eval.json)
+  → refit, recover (model/ with other weights; where asked for) → eval (eval.json) → report (report.html)
 """
 
 import itertools
 import json
+import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from secateur import __version__
 from secateur.config import Config, load_config, save_config
 from secateur.files import InputError
 from secateur.latency import read_table, write_table
@@ -96,6 +99,11 @@ class Run:
         """Dense against pruned figures."""
         return self.folder / "eval.json"
 
+    @property
+    def report(self) -> Path:
+        """All of it, to look at."""
+        return self.folder / "report.html"
+
     def converted(self) -> list[Path]:
         """What was made of the export for other runtimes."""
         return [*self.folder.glob("model-*.gguf"), *self.folder.glob("verify-*.json")]
@@ -172,6 +180,15 @@ def recorded(path: Path, goes_on: bool, hear: Callable[[Any], None]) -> Iterator
             hear(step)
 
         yield on_step
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the figures of a run come from."""
+    return {
+        "secateur": __version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers")},
+    }
 
 
 def _free_folder(config: Config) -> Path:

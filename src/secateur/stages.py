@@ -17,7 +17,7 @@ from secateur.attach import attached, compensation
 from secateur.budget import everything, figures
 from secateur.card import model_card, public_name
 from secateur.config import Config
-from secateur.evaluate import perplexity, windows
+from secateur.evaluate import compared, windows
 from secateur.export import as_shipped, export
 from secateur.families import FAMILIES
 from secateur.files import InputError, read_json, write_json, write_text
@@ -32,7 +32,8 @@ from secateur.planning import compare_shapes as compare_shapes
 from secateur.policy import policy_of
 from secateur.recover import LR, Recovery, recover
 from secateur.refit import Refit, kept_groups, normal_equations, refit
-from secateur.run import Run, new_run, open_run, recorded
+from secateur.run import Run, new_run, open_run, recorded, versions
+from secateur.samples import samples
 from secateur.session import Session
 from secateur.slicing import fold, pruned_shapes
 from secateur.text import evaluation_text
@@ -318,14 +319,16 @@ def eval_stage(session: Session) -> dict[str, Any]:
     with session.timed("eval"):
         exported = load_export(session, next(loaded.model.parameters()).dtype)
         bytes_per_value = loaded.checkpoint_dtype.itemsize
-        dense = asdict(figures(description, None, bytes_per_value)) | asdict(perplexity(loaded.model, ids_NT))
+        quality = compared(loaded.model, exported, ids_NT)
+        dense = asdict(figures(description, None, bytes_per_value)) | quality.pop("dense")
         sizes = figures_of(description, plan, bytes_per_value)
-        pruned = asdict(sizes) | asdict(perplexity(exported, ids_NT))
+        pruned = asdict(sizes) | quality.pop("pruned")
         dense["disk_bytes"] = dense["parameters"] * bytes_per_value
         pruned["disk_bytes"] = sum(f.stat().st_size for f in run.model.glob("*.safetensors"))
         guards = session.guard_losses(exported)
         counted = sum(p.numel() for p in exported.parameters())
         assert counted == pruned["parameters"], f"the export has {counted} parameters, {pruned['parameters']} planned"
+        quality["samples"] = samples(loaded.model, exported, loaded.tokenizer, ids_NT)
     gates = load_gates(run.gates, description.groups, session.architecture)
     results: dict[str, Any] = {"method": c.method, "keep": list(c.keep), "text": text, "dense": dense, "pruned": pruned}
     results["rounding"] = asdict(rounding)
@@ -334,7 +337,7 @@ def eval_stage(session: Session) -> dict[str, Any]:
         results["refit"] = read_json(run.refit, f"secateur refit {run.folder}")
     other = gates.asked != (c.sparsity, c.budget)  # size than gates were learned for
     results |= {"fixing": None if other else gates.about.get("fixing"), "other_size": other}
-    results |= {"join": join, "guards": guards}
+    results |= {"join": join, "guards": guards, "versions": versions(), **quality}
     if tasks is not None:
         with session.timed("score"):
             results["tasks"] = tasks.compare(
@@ -395,6 +398,9 @@ def remaining_stages(session: Session) -> dict[str, Any]:
         refit_stage(session)
     if run.config.recover and f"recover-{run.config.recover}" not in updates_of(run.model):
         recover_stage(session)
-    if run.eval.exists():
-        return dict(read_json(run.eval, f"secateur eval {run.folder}"))
-    return eval_stage(session)
+    done = dict(read_json(run.eval, f"secateur eval {run.folder}")) if run.eval.exists() else eval_stage(session)
+    with session.timed("report"):
+        from secateur.report.page import write_report  # matplotlib takes its time to be imported
+
+        write_report([run.folder])
+    return done
