@@ -193,6 +193,7 @@ class Optimiser:
             self._put_back(unseen_N, before)
         self._bound()
         self.done += 1
+        self.last_open_N = torch.where(self.open_N, float(self.done), self.last_open_N)
         first, second, third = lambdas
         return Step(
             self.done, loss, ce, kl, kept, score, self.limits.target, mu, self.recipe.lr * rate, first, second, third,
@@ -261,7 +262,6 @@ class Optimiser:
         projecting = self.relaxation.score is None and self.kept_N is None
         self.open_N = largest_that_fits(self.z_N, self.limits) if projecting else self.z_N > 0
         """The open units, a mask of shape (N,)."""
-        self.last_open_N = torch.where(self.open_N, float(self.done), self.last_open_N)
 
     def largest(self, rank_N: torch.Tensor) -> torch.Tensor:
         """The largest set that fits the budget, by rank, within what may be kept."""
