@@ -15,7 +15,7 @@ from secateur.attach import compensation
 from secateur.bos import leading_bos
 from secateur.config import Config
 from secateur.data import SELF, Blocks, load_blocks
-from secateur.evaluate import mean_loss
+from secateur.evaluate import mean_loss, windows
 from secateur.files import InputError, read_json, write_json
 from secateur.gates import Gates, architecture_fingerprint, load_gates
 from secateur.guard import Guard, read_guards
@@ -25,7 +25,7 @@ from secateur.optimise import Step
 from secateur.recover import RecoveryStep
 from secateur.run import Run
 from secateur.selftext import self_written
-from secateur.text import local_files
+from secateur.text import evaluation_text, local_files
 
 if TYPE_CHECKING:
     from secateur.tasks import Tasks
@@ -136,6 +136,18 @@ class Session:
             bos=self.bos,
             written=written,
         )
+
+    @cached_property
+    def evaluation_windows(self) -> tuple[torch.Tensor, str, str]:
+        """Windows to measure perplexity on, the name of their text, and how its documents are joined."""
+        c = self.config
+        if c.eval_data is None:
+            rows_NT = self.blocks.held_out_NT
+            return rows_NT, f"held-out part of {c.data}", "packed"
+        characters = c.eval_windows * c.eval_length * 12 or None
+        text = evaluation_text(c.eval_data, c.text_column, characters, c.eval_join)
+        tokens_T = self.loaded.tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+        return windows(tokens_T, c.eval_windows, c.eval_length, c.eval_data, self.bos), c.eval_data, c.eval_join
 
     @cached_property
     def tasks(self) -> "Tasks | None":

@@ -17,7 +17,7 @@ from secateur.attach import attached, compensation
 from secateur.budget import everything, figures
 from secateur.card import model_card, public_name
 from secateur.config import Config
-from secateur.evaluate import compared, windows
+from secateur.evaluate import compared
 from secateur.export import as_shipped, export
 from secateur.families import FAMILIES
 from secateur.files import InputError, read_json, write_json, write_text
@@ -36,7 +36,6 @@ from secateur.run import Run, new_run, open_run, recorded, versions
 from secateur.samples import samples
 from secateur.session import Session
 from secateur.slicing import fold, pruned_shapes
-from secateur.text import evaluation_text
 from secateur.units import Group
 from secateur.updates import rewrite_weights, updates_of
 from secateur.verify import Comparison, compare, folded, logits_of, with_weights_in
@@ -315,7 +314,7 @@ def eval_stage(session: Session) -> dict[str, Any]:
     run, c, loaded = session.run, session.config, session.loaded
     plan, rounding = _planned(session)
     description = loaded.description
-    ids_NT, text, join = _evaluation_windows(session)
+    ids_NT, text, join = session.evaluation_windows
     with session.timed("eval"):
         exported = load_export(session, next(loaded.model.parameters()).dtype)
         bytes_per_value = loaded.checkpoint_dtype.itemsize
@@ -354,18 +353,6 @@ def eval_stage(session: Session) -> dict[str, Any]:
     return results
 
 
-def _evaluation_windows(session: Session) -> tuple[torch.Tensor, str, str]:
-    """Windows to measure perplexity on, the name of their text, and how its documents are joined."""
-    c = session.config
-    if c.eval_data is None:
-        rows_NT = session.blocks.held_out_NT
-        return rows_NT, f"held-out part of {c.data}", "packed"
-    characters = c.eval_windows * c.eval_length * 12 or None
-    text = evaluation_text(c.eval_data, c.text_column, characters, c.eval_join)
-    tokens_T = session.loaded.tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
-    return windows(tokens_T, c.eval_windows, c.eval_length, c.eval_data, session.bos), c.eval_data, c.eval_join
-
-
 def prune(config: Config) -> dict[str, Any]:
     """Prunes a model as `secateur prune` does, without a screen; returns what eval.json holds."""
     return remaining_stages(Session(new_run(config)))
@@ -382,11 +369,11 @@ def remaining_stages(session: Session) -> dict[str, Any]:
     if run.config.sweep is not None:
         from secateur.sweep import sweep_stages  # which does all this for a size
 
-        _tasks, _text = session.tasks, _evaluation_windows(session)
+        _tasks, _text = session.tasks, session.evaluation_windows
         return sweep_stages(session)
     if not run.gates.exists():
         # What is wrong is better known before learning, and before the model writes itself a text.
-        _known = session.tasks, budget_of(session), session.given, _evaluation_windows(session), session.guards
+        _known = session.tasks, budget_of(session), session.given, session.evaluation_windows, session.guards
         learn_stage(session)
     if not run.plan.exists():
         plan_stage(session)
