@@ -255,7 +255,7 @@ def model_card(
     )
     lines = [
         "---", yaml.safe_dump(header, sort_keys=False).strip(), "---", "",
-        f"# {name}, pruned {_asked(config)}", "",
+        f"# {name}, pruned {asked(config)}", "",
         f"{rounding.kept:.2%} of the parameters in {_units(kinds)}{outside(config.keep)} were kept, "
         f"{_found(config.method)}. {widths}", "", "```python", "from transformers import AutoModelForCausalLM",
         f'model = AutoModelForCausalLM.from_pretrained("PATH"{code})', "```", "", "## How it was made", "",
@@ -313,7 +313,7 @@ def _weights(config: Config, updates: Sequence[str]) -> str:
     )
 
 
-def _asked(config: Config) -> str:
+def asked(config: Config) -> str:
     """What was asked for, for the card's title."""
     sparsity = [] if config.sparsity is None else [f"by {config.sparsity:.0%}"]
     return " and ".join([*sparsity, *([f"to {', '.join(config.budget)}"] if config.budget else [])])

@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from secateur.card import public_name
+from secateur.guard import read_guards
 from secateur.report.drawn import Drawn
 from secateur.report.lines import Line, Panel
 from secateur.report.reading import Array, Record
@@ -57,16 +59,35 @@ def _of_one(record: Record) -> list[Panel]:
     removed = [
         Line("by retention score", at, 1 - steps["score"], 0),
         Line("gates closed", at, 1 - steps["kept"], 1),
-        Line("target", at, 1 - steps["target"], -1, None, "--"),
     ]
+    if "target" in steps:
+        removed.append(Line("target", at, 1 - steps["target"], -1, None, "--"))
     several = steps["lambda1"].ndim == 2 and steps["lambda1"].shape[1] > 1
     words = ["There is one of each for every budget; lines are their means."] if several else []
     return [
         Panel("loss", "Loss", "step", "nats a token", loss, marks=marks),
         Panel("sparsity", "Learned sparsity against target", "step", "share removed", removed, marks=marks),
+        *_bounds(record, marks),
         *(Panel(name, f"Multiplier {label}", "step", label.partition(",")[0], [_dual(steps, name, label, i)],
                 marks=marks, words=words) for i, (name, label) in enumerate(DUALS.items())),
         Panel("mu", "Annealing: half width μ of the score", "step", "μ", [_line(steps, "μ", "mu", 0)], marks=marks),
+    ]  # fmt: skip
+
+
+def _bounds(record: Record, marks: Sequence[tuple[float, str]]) -> list[Panel]:
+    """How budgets are spent, and what guards say, where there are any."""
+    steps, at = record.steps, record.steps["step"]
+    kinds = [name for name in steps if name.startswith("budgets ")]
+    spent = [_line(steps, name.removeprefix("budgets "), name, i) for i, name in enumerate(kinds)]
+    rises = [
+        Line(public_name(guard.data), at, steps["guard_rises"][:, i], i)
+        for i, guard in enumerate(read_guards(record.run.config.guard) if "guard_rises" in steps else ())
+    ]
+    return [
+        *([Panel("budgets", "Budgets: what is asked for, over what is allowed", "step", "share of the bound", spent,
+                 marks=marks)] if spent else []),
+        *([Panel("guards", "Guards: loss of a batch above the unpruned model's", "step", "nats a token", rises,
+                 marks=marks)] if rises else []),
     ]  # fmt: skip
 
 
@@ -81,7 +102,7 @@ def _of_several(records: Sequence[Record]) -> list[Panel]:
         return [Line(r.label, r.steps["step"], take(r.steps), r.number, r.number) for r in records]
 
     targets = [Line(f"{r.label}, target", r.steps["step"], 1 - r.steps["target"], r.number, r.number, ":")
-               for r in records]  # fmt: skip
+               for r in records if "target" in r.steps]  # fmt: skip
     duals = [
         Panel(name, f"Multiplier {label}", "step", label.partition(",")[0],
               [_dual(r.steps, name, r.label, r.number, r.number) for r in records])

@@ -249,12 +249,15 @@ class Step(TypedDict):
     kl: float
     kept: float
     score: float
-    target: float
+    target: NotRequired[float]
     mu: float
     lr: float
     lambda1: list[float]
     lambda2: list[float]
     lambda3: list[float]
+    budgets: NotRequired[dict[str, float]]
+    guard_rises: NotRequired[list[float]]
+    guard_weights: NotRequired[list[float]]
     held_out_trained: NotRequired[float]
     held_out_deployed: NotRequired[float]
 

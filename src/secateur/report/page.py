@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from secateur.bench_report import lines as bench_lines
-from secateur.card import arrival, protocol, public_name, task_protocol
+from secateur.card import arrival, asked, protocol, public_name, task_protocol
 from secateur.files import InputError, write_text
 from secateur.report import curves, kept, outcome, tables
 from secateur.report.drawn import Drawn, Table
@@ -73,7 +73,7 @@ def page(records: Sequence[Record], now: datetime | None = None) -> str:
     details = [_details(record) for record in records]
     sampled = any(one.samples for one in details)
     script = (HERE / "page.js").read_text(encoding="utf-8")
-    title = f"{len(records)} runs" if many else f"{public_name(single.model)}, {single.sparsity:.0%} removed"
+    title = f"{len(records)} runs" if many else f"{public_name(single.model)}, pruned {asked(single)}"
     text = environment.get_template("page.html").render(
         title=title,
         records=records,

@@ -9,7 +9,7 @@ Shape suffixes: N units of a group, T steps, C constraints.
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from secateur.card import protocol, summary, warnings
-from secateur.config import ONE_SHOT
 from secateur.files import InputError
+from secateur.recipes import ONE_SHOT
 from secateur.report import files
 from secateur.run import Run, open_run
 from secateur.updates import updates_of
@@ -185,6 +185,7 @@ def _columns(record: Record, path: Path, form: Any) -> dict[str, Array]:
         return {}
     rows, wrong = files.lines(path, form)
     record.problems += wrong
+    rows = [_flat(row) for row in rows]
     names = dict.fromkeys(name for row in rows for name in row)
     columns: dict[str, Array] = {}
     for name in names:
@@ -195,6 +196,12 @@ def _columns(record: Record, path: Path, form: Any) -> dict[str, Array]:
         else:
             columns[name] = np.array(values, dtype=float)
     return columns
+
+
+def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A line with what it has of each budget beside the rest: `budgets kv`."""
+    flat = {name: value for name, value in row.items() if not isinstance(value, dict)}
+    return flat | {f"budgets {kind}": share for kind, share in row.get("budgets", {}).items()}
 
 
 def _read_units(record: Record, plan: dict[str, Any] | None) -> None:

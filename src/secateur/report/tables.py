@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from secateur.card import human, public_name, summary
+from secateur.card import asked, human, public_name, summary
 from secateur.card import warnings as figures_to_mind
 from secateur.report.drawn import Cell, Table, figure
 from secateur.report.reading import Record
@@ -121,7 +121,7 @@ def beside(records: Sequence[Record]) -> Table:
         state = "finished" if done is not None else f"stopped before {missing[0]}" if missing else "finished"
         verified = "not yet" if record.verification is None else "yes" if record.verification["passed"] else "FAILED"
         spent = Cell(f"{c.steps:,} × {c.batch_size * c.seq_len:,}", float(c.steps * c.batch_size * c.seq_len))
-        label, removed = f"{record.number + 1} {record.label}", Cell(f"{c.sparsity:.0%}", c.sparsity)
+        label, removed = f"{record.number + 1} {record.label}", Cell(asked(c), c.sparsity)
         speed = Cell(f"{speeds[0]:.2f} ×", speeds[0]) if speeds else empty[0]
         table.add(label, c.method, removed, spent, *figures, speed, verified, state, run=record.number)
     return table
