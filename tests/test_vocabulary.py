@@ -110,6 +110,18 @@ def test_under_autocast_the_head_is_lowered_once_for_all_chunks(monkeypatch):
     assert model.lm_head.weight.dtype == torch.float32
 
 
+def test_a_teacher_of_its_own_is_read_by_its_own_head():
+    """Of another width, which the student's head could not read."""
+    description, limits = described(model := small_llama(), 0.3)
+    ids_NT, kls = random_tokens(2, 9), []
+    for teacher in (None, small_llama(seed=1, hidden_size=16, head_dim=8)):
+        learn(
+            model, description.groups, ids_NT, ids_NT[:1], limits, auto_recipe(1), steps=1, batch_size=2,
+            teacher=teacher, on_step=lambda step: kls.append(step.kl),
+        )  # fmt: skip
+    assert kls[0] < kls[1]
+
+
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 WORDS, ROWS, LENGTH = 512, 4, 32
