@@ -1,6 +1,7 @@
 """Losses over the vocabulary in chunks are what the plain formula gives, for every family, without whole logits."""
 
 import math
+import warnings
 import weakref
 from types import SimpleNamespace
 
@@ -278,6 +279,13 @@ def test_heads_that_need_more_than_a_row_of_hidden_states_get_whole_logits_and_t
     with torch.no_grad():
         logits_RV = cut.head.logits(cut.hidden(ids_BT).flatten(0, 1))
         assert torch.equal(logits_RV, model(ids_BT).logits.flatten(0, 1))
+
+
+def test_a_model_that_is_broken_is_not_put_down_to_its_head():
+    model = small_llama()
+    model.model.embed_tokens.weight.data.fill_(math.nan)
+    with warnings.catch_warnings(action="error"):
+        assert Vocabulary(model).whole is None
 
 
 def test_models_are_left_as_they_were():
