@@ -10,6 +10,7 @@ import torch
 from runs import complaint, secateur, small_llama, small_tokenizer
 from secateur.evaluate import compared, mean_loss, perplexity, windows
 from secateur.text import evaluation_text
+from secateur.vocabulary import LOGITS_AT_ONCE
 
 WIKI = (
     " \n = w1 w2 = \n \n w3 w4 , w5 w6 w7 . \n w8 w9 w10 w11 \n \n = = w12 = = \n \n w13 w14 w15 w16 w17 w18 \n"
@@ -93,10 +94,11 @@ def test_all_windows_of_a_text_or_the_first_ones():
     assert len(windows(tokens_T, 9, 5, "text")) == 4
 
 
-def test_a_loss_over_many_batches_is_that_of_one(monkeypatch):
+def test_a_loss_over_many_batches_and_chunks_is_that_of_one(monkeypatch):
     model, ids_NT = small_llama(), torch.randint(3, 60, (7, 9), generator=torch.Generator().manual_seed(0))
     whole = mean_loss(model, ids_NT)
     monkeypatch.setattr("secateur.evaluate.TOKENS_AT_ONCE", 18)
+    monkeypatch.setitem(LOGITS_AT_ONCE, "cpu", 4 * 64 * 5)
     assert mean_loss(model, ids_NT) == pytest.approx(whole)
 
 

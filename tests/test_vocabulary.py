@@ -1,6 +1,7 @@
 """Losses over the vocabulary in chunks are what the plain formula gives, for every family, without whole logits."""
 
 import math
+import warnings
 import weakref
 from types import SimpleNamespace
 
@@ -108,6 +109,18 @@ def test_under_autocast_the_head_is_lowered_once_for_all_chunks(monkeypatch):
     assert len(seen) == 4 and {w.dtype for w in seen} == {torch.bfloat16} and len({w.data_ptr() for w in seen}) == 1
     assert torch.equal(logits_RV, expected_RV)
     assert model.lm_head.weight.dtype == torch.float32
+
+
+def test_a_teacher_of_its_own_is_read_by_its_own_head():
+    """Of another width, which the student's head could not read."""
+    description, limits = described(model := small_llama(), 0.3)
+    ids_NT, kls = random_tokens(2, 9), []
+    for teacher in (None, small_llama(seed=1, hidden_size=16, head_dim=8)):
+        learn(
+            model, description.groups, ids_NT, ids_NT[:1], limits, auto_recipe(1), steps=1, batch_size=2,
+            teacher=teacher, on_step=lambda step: kls.append(step.kl),
+        )  # fmt: skip
+    assert kls[0] < kls[1]
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
@@ -266,6 +279,13 @@ def test_heads_that_need_more_than_a_row_of_hidden_states_get_whole_logits_and_t
     with torch.no_grad():
         logits_RV = cut.head.logits(cut.hidden(ids_BT).flatten(0, 1))
         assert torch.equal(logits_RV, model(ids_BT).logits.flatten(0, 1))
+
+
+def test_a_model_that_is_broken_is_not_put_down_to_its_head():
+    model = small_llama()
+    model.model.embed_tokens.weight.data.fill_(math.nan)
+    with warnings.catch_warnings(action="error"):
+        assert Vocabulary(model).whole is None
 
 
 def test_models_are_left_as_they_were():
