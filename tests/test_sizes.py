@@ -87,6 +87,29 @@ def test_sizes_by_any_one_budget_lie_in_each_other(name, kind):
     assert len(counts) > 2 and counts == sorted(counts, reverse=True) and counts[0] > counts[-1]
 
 
+@pytest.mark.parametrize("counted", ["units", "params"])
+def test_nothing_is_taken_after_a_unit_that_does_not_fit_though_smaller_ones_would(counted):
+    description = describe(MODELS["mha"]())
+    kinds = [g.kind for g in description.groups for _ in range(g.units)]
+    channels = [n for n, kind in enumerate(kinds) if kind == "channels"]
+    heads = [n for n, kind in enumerate(kinds) if kind == "heads"]
+    order_N = torch.empty(len(kinds))
+    order_N[[*channels[:60], *heads, *channels[60:]]] = torch.arange(len(kinds), 0, -1).float()
+    gates = Gates(order_N, description.groups, {}, order_N=order_N)
+    whole = make_budget(description.groups, description.shapes, 0.5, "model")
+    room = 61 * int(whole.params_N.min())  # a head is many channels
+    limits = replace(whole, allowed_C=torch.tensor([room]))
+    if counted == "params":
+        fixed = bounds_of(description, read_budgets(["params=0.9"]), 4)[0].fixed
+        bounds = bounds_of(description, read_budgets([f"params={fixed + room + 1}"]), 4)
+        bounds = tuple(
+            replace(b, costs=tuple(replace(c, opening=0) for c in b.costs), allowed=b.fixed + room) for b in bounds
+        )
+        limits = make_budget(description.groups, description.shapes, 0.0, "model", bounds=bounds)
+    assert kept_in_order(gates, limits).nonzero().flatten().tolist() == sorted(channels[:60])
+    assert largest_that_fits(order_N, limits).sum() == 61
+
+
 def test_a_budget_on_the_cache_alone_leaves_channels_whole():
     description = describe(MODELS["gqa"]())
     gates, _ = orders(description)
