@@ -21,6 +21,11 @@ class Reader(torch.nn.Module):
         self.config = SimpleNamespace(vocab_size=VOCABULARY)
         self.loss_without = loss_without
 
+    @property
+    def base_model(self):
+        """None apart from a head."""
+        return self
+
     def forward(self, ids_BT, use_cache):
         loss = 1.0 if ids_BT[0, 0] == BOS else self.loss_without
         right = torch.nn.functional.one_hot(ids_BT.roll(-1, dims=1), VOCABULARY).float()
