@@ -23,10 +23,8 @@ class Reader(torch.nn.Module):
 
     @property
     def base_model(self):
+        """None apart from a head."""
         return self
-
-    def get_output_embeddings(self):
-        return None
 
     def forward(self, ids_BT, use_cache):
         loss = 1.0 if ids_BT[0, 0] == BOS else self.loss_without

@@ -71,7 +71,7 @@ class Vocabulary:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        self._weights = self._lowered()
+        self._weights: dict[str, Tensor] = {}
         self._output: type[ModelOutput] = ModelOutput
         ids_BT = torch.arange(3, device=next(model.parameters()).device)[None]
         with torch.no_grad():
@@ -100,7 +100,7 @@ class Vocabulary:
             return f"{name} is not a base model and a head"
         try:
             output = self.model.base_model(ids_BT, use_cache=False)
-            self._output = type(output)
+            self._output, self._weights = type(output), self._lowered()
             found_RV = torch.cat([self._logits(rows_RD) for rows_RD in output.last_hidden_state[0].split(2)])
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             return f"the head of {name} does not read its base model's last hidden states alone ({error})"
