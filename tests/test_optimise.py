@@ -149,6 +149,20 @@ def test_fixing_keeps_the_largest_set_that_fits_and_holds_it():
         assert torch.equal(optimiser.z_N > 0, expected_N)
 
 
+def test_what_may_not_be_kept_stays_closed_whatever_the_gradient_and_the_room():
+    optimiser = Optimiser(auto_recipe(40), budget(0.9), 40, 0, CPU)
+    within_N = torch.arange(UNITS) % 2 == 0
+    before_N = torch.rand(UNITS, generator=torch.Generator().manual_seed(0)) + 0.5
+    optimiser.go_on_from(before_N, within_N)
+    optimiser.start_from(torch.ones(UNITS), torch.ones(UNITS))
+    assert torch.equal(optimiser.z_N[within_N], before_N[within_N]), "there is room for all of them"
+    for _ in range(20):
+        optimiser.advance(-torch.ones(UNITS), 1.0, 0.5, 0.1)
+        assert (optimiser.z_N[~within_N] == LOWEST).all() and (optimiser.z_N[within_N] > 0).all()
+    optimiser.fix_kept_set()
+    assert torch.equal(optimiser.kept_N, within_N)
+
+
 @RECIPES
 @pytest.mark.parametrize("interrupted_at", [0, 1, 13, 50, 51, 75, 90])
 def test_a_restored_state_goes_on_bit_for_bit(recipe, interrupted_at):

@@ -134,6 +134,14 @@ def test_each_size_lies_in_the_one_before_on_its_budget_and_says_what_it_is(swep
         assert open_units == kept(size), "what is planned is what was learned"
 
 
+def test_the_order_of_a_size_has_what_it_keeps_first_then_what_larger_sizes_kept(swept):
+    sizes = [gates_of(swept / "sizes" / name) for name in ("0.2", "0.4", "0.6")]
+    for number in (1, 2, 3):
+        for name in (n for n in sizes[0] if n.startswith("layers")):
+            kept_in = sum((gates[name] > 0).int() for gates in sizes[:number])
+            assert torch.equal(sizes[number - 1][f"order.{name}"].floor().int(), kept_in)
+
+
 def test_kept_gates_go_on_from_the_size_before(swept):
     first, second = (gates_of(swept / "sizes" / name) for name in ("0.2", "0.4"))
     both = {n: (first[n] > 0) & (second[n] > 0) for n in first if n.startswith("layers")}
