@@ -55,7 +55,6 @@ class Panel:
     lines: Sequence[Line]
     integers: bool = True
     """Whether x takes whole numbers only."""
-    log: bool = False
     y_range: tuple[float, float] | None = None
     marks: Sequence[tuple[float, str]] = ()
     """Places on the x axis that have a name."""
@@ -82,8 +81,6 @@ class Panel:
                 axes.axvline(place, color=INK, linewidth=0.8, linestyle=":")
                 axes.annotate(label, (place, 1), xycoords=("data", "axes fraction"), xytext=(3, -8),
                               textcoords="offset points", fontsize=8)  # fmt: skip
-            if self.log:
-                axes.set_yscale("log")
             if self.y_range is not None:
                 axes.set_ylim(*self.y_range)
             if self.integers:
