@@ -9,7 +9,6 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from transformers import PreTrainedConfig
 
 from secateur.bench_report import draw
 from secateur.bench_report import show as show
-from secateur.files import InputError, write_json
+from secateur.files import InputError, scratch_folder, write_json
 from secateur.ideal import Cost, Ideal, cost_of, eaten, ideals, odd_widths
 from secateur.load import describe_pretrained
 from secateur.measure import Measured, Settings, Timing, measure, processor
@@ -44,8 +43,8 @@ def bench_run(run: Run, settings: Settings, hear: Callable[[str], None] = lambda
     """Times the export of a run against its unpruned model; returns what bench-RUNTIME.json holds."""
     settings.check()
     pruned, dense, trust = checked_export(run), run.config.model, run.config.trust_remote_code
-    with TemporaryDirectory(prefix="bench-", dir=run.folder) as scratch:
-        results = bench(dense, str(pruned), settings, Path(scratch), hear, trust_remote_code=trust)
+    with scratch_folder(run.folder, "bench") as scratch:
+        results = bench(dense, str(pruned), settings, scratch, hear, trust_remote_code=trust)
     write_json(run.folder / f"bench-{settings.runtime}.json", results)
     hear(draw(results, run.folder / f"bench-{settings.runtime}.png"))
     return results

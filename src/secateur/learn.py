@@ -7,23 +7,20 @@ the noise of a method that samples its gates.
 Shape suffixes: N units of the whole model, B batch, T positions.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from secateur.attach import attached
 from secateur.budget import Budget, largest_that_fits
+from secateur.checkpoints import Checkpoints, State
 from secateur.config import Recipe
 from secateur.evaluate import mean_loss
-from secateur.files import InputError, replacing
+from secateur.files import InputError
 from secateur.gates import by_group
 from secateur.objective import distillation_loss
 from secateur.optimise import Optimiser, Step
@@ -84,8 +81,7 @@ def learn(
     seed: int = 0,
     method: str = "deterministic",
     measure_every: int = 0,
-    checkpoint: Path | None = None,
-    checkpoint_every: int = 50,
+    checkpoints: Checkpoints | None = None,
     on_step: Callable[[Step], None] = lambda _: None,
     on_measured: Callable[[int], None] = lambda _: None,
     teacher: PreTrainedModel | None = None,
@@ -94,8 +90,8 @@ def learn(
     """Learns the gates of `model`, whose weights are frozen and otherwise left as they are.
 
     calibration_NT: token ids, steps × batch_size rows, used in their order. held_out_NT: rows of other documents.
-    With `checkpoint`, the state is saved there every `checkpoint_every` steps and when interrupted; a run that finds it
-    goes on from it to bit-identical gates. `on_measured` hears of the rows that sensitivity is measured on. `method` is
+    With `checkpoints`, states are saved there, also when interrupted; a run that finds one goes on from it to
+    bit-identical gates. `on_measured` hears of the rows that sensitivity is measured on. `method` is
     one of RELAXATIONS; `measure_every` k records the held-out loss every k steps and changes nothing else. `teacher` is
     the model itself without gates unless another one is given. `gradient_checkpointing` computes each layer once more
     in the backward pass instead of keeping what it computed: less memory, the same gates.
@@ -109,8 +105,18 @@ def learn(
     settings += f" units={[(g.name, g.units) for g in groups]} budget={limits.allowed_C.tolist()} tie={limits.tie}"
     settings += "" if limits.policy.free else f" shape={limits.policy}"
     settings += "".join(f" {b.name}<={b.allowed}/{b.scale}" for b in limits.bounds)
-    if checkpoint is not None and checkpoint.exists():
-        fixing = _restore(checkpoint, optimiser, settings)
+    losses: list[float] = []  # since the last checkpoint, where they can be compared: the kept set is the same, or fits
+
+    def save() -> None:
+        if checkpoints is not None:
+            tensors, fixed = state  # of a whole step, wherever an interrupt falls
+            about, loss = fixed and asdict(fixed), sum(losses) / len(losses) if losses else None
+            checkpoints.save(State(int(tensors["done"]), settings, tensors, about, loss))
+            losses.clear()
+
+    if checkpoints is not None and (found := checkpoints.latest(settings)) is not None:
+        optimiser.restore(found.tensors)
+        fixing = None if found.about is None else Fixing(**found.about)
     elif recipe.sensitivity_batches:
         rows_NT = calibration_NT[: recipe.sensitivity_batches * batch_size].to(device)
         with recomputing(model, gradient_checkpointing):
@@ -121,6 +127,8 @@ def learn(
     assert len(batches) == steps, f"{steps} steps need {steps} batches, got {len(batches)}"
 
     state = optimiser.state(), fixing
+    if optimiser.done == 0:
+        save()  # sensitivity takes as long as many steps
     try:
         while optimiser.done < steps:
             if optimiser.done == optimiser.settles_at and optimiser.kept_N is None:
@@ -142,14 +150,16 @@ def learn(
                 raise LearningDiverged(optimiser.done, optimiser.ranking(), optimiser.values())
             step = optimiser.advance(grad_N, loss.item(), ce.item(), kl.item(), unseen(grad_N, groups))
             if measure_every and step.step % measure_every == 0:
-                step = _measured(step, optimiser, model, groups, held_out_NT)
+                step, deployed = _measured(step, optimiser, model, groups, held_out_NT)
+                losses[:] = [deployed]
+            elif not measure_every and optimiser.kept_N is not None:
+                losses.append(step.loss)
             on_step(step)
             state = optimiser.state(), fixing
-            if checkpoint is not None and optimiser.done % checkpoint_every == 0:
-                _save(checkpoint, *state, settings)
+            if checkpoints is not None and checkpoints.due(optimiser.done, steps):
+                save()
     except KeyboardInterrupt:
-        if checkpoint is not None:  # `state` is that of a whole step, wherever the interrupt fell
-            _save(checkpoint, *state, settings)
+        save()
         raise
     return Learned(optimiser.ranking(), optimiser.values(), fixing)
 
@@ -203,8 +213,8 @@ def _fix(optimiser: Optimiser, model: PreTrainedModel, groups: tuple[Group, ...]
 @torch.no_grad()
 def _measured(
     step: Step, optimiser: Optimiser, model: PreTrainedModel, groups: tuple[Group, ...], held_out_NT: torch.Tensor
-) -> Step:
-    """The step with held-out losses: gates as trained, over samples where they are noisy, and as deployed."""
+) -> tuple[Step, float]:
+    """The step with held-out losses of gates as trained, over samples where noisy, and as deployed; the latter alone."""
 
     def held_out(gate_N: torch.Tensor) -> float:
         return mean_loss(model, held_out_NT, groups, by_group(gate_N, groups))
@@ -213,19 +223,4 @@ def _measured(
     trained = [held_out(optimiser.train_gates(optimiser.z_N, sample)) for sample in samples]
     kept_N = largest_that_fits(optimiser.ranking(), optimiser.limits)
     deployed = held_out(optimiser.values() * kept_N)
-    return replace(step, held_out_trained=sum(trained) / len(trained), held_out_deployed=deployed)
-
-
-def _save(checkpoint: Path, state: dict[str, torch.Tensor], fixing: Fixing | None, settings: str) -> None:
-    about = {"settings": settings, "fixing": None if fixing is None else asdict(fixing)}
-    with replacing(checkpoint) as temporary:
-        save_file(state, temporary, metadata={"secateur": json.dumps(about)})
-
-
-def _restore(checkpoint: Path, optimiser: Optimiser, settings: str) -> Fixing | None:
-    with safe_open(checkpoint, framework="pt") as file:
-        about = json.loads(file.metadata()["secateur"])
-    if about["settings"] != settings:
-        raise InputError(f"{checkpoint} belongs to other settings than config.yaml has now; delete it to start over")
-    optimiser.restore(load_file(checkpoint))
-    return None if about["fixing"] is None else Fixing(**about["fixing"])
+    return replace(step, held_out_trained=sum(trained) / len(trained), held_out_deployed=deployed), deployed

@@ -100,7 +100,7 @@ def _learn(session: Session, limits: Budget, about: dict[str, Any]) -> Gates:
     run, c, loaded, blocks = session.run, session.config, session.loaded, session.blocks
     groups = loaded.description.groups
     assert c.learning is not None
-    with recorded(run.metrics, run.checkpoint.exists(), session.progress.step) as on_step:
+    with recorded(run.metrics, c.checkpoint_every, session.progress.step) as on_step:
         try:
             learned = learn(
                 loaded.model,
@@ -114,8 +114,7 @@ def _learn(session: Session, limits: Budget, about: dict[str, Any]) -> Gates:
                 seed=c.seed,
                 method=c.method,
                 measure_every=c.measure_every,
-                checkpoint=run.checkpoint,
-                checkpoint_every=c.checkpoint_every,
+                checkpoints=session.checkpoints(run.checkpoints),
                 on_step=on_step,
                 on_measured=session.progress.measured,
                 gradient_checkpointing=c.gradient_checkpointing,

@@ -12,6 +12,7 @@ import torch
 
 from secateur.attach import compensation
 from secateur.bos import leading_bos
+from secateur.checkpoints import Checkpoints
 from secateur.config import Config
 from secateur.data import SELF, Blocks, load_blocks
 from secateur.evaluate import mean_loss
@@ -23,6 +24,7 @@ from secateur.recover import RecoveryStep
 from secateur.run import Run
 from secateur.selftext import self_written
 from secateur.text import local_files
+from secateur.updates import updates_of
 
 if TYPE_CHECKING:
     from secateur.tasks import Tasks
@@ -48,6 +50,9 @@ class Progress:
 
     def scored(self, rows: int, of: int) -> None:
         """So many more rows of the zero-shot tasks went through a model, of so many for both models."""
+
+    def warned(self, warning: str) -> None:
+        """Something that is possible, and maybe not meant."""
 
 
 @dataclass
@@ -133,6 +138,16 @@ class Session:
     def architecture(self) -> str:
         """Fingerprint that ties gates and plan to the model's shapes."""
         return architecture_fingerprint(self.loaded.description.groups, self.loaded.description.shapes)
+
+    def checkpoints(self, folder: Path) -> Checkpoints:
+        """States of a training of this run."""
+        return Checkpoints(folder, self.config.checkpoint_every, self.progress.warned)
+
+    def recovered_before(self) -> bool:
+        """Whether the states of recovery, gone then, are those of what the export has been updated with already."""
+        run, updates = self.run, updates_of(self.run.model)
+        steps, after = self.config.recover_steps or self.config.steps, tuple(updates[:-1])
+        return bool(updates) and self.checkpoints(run.recovery).left_over(steps, f"after={after})")
 
     def held_out_loss(
         self, gates: Mapping[str, torch.Tensor] | None, means: Mapping[str, torch.Tensor] | None = None
