@@ -54,7 +54,7 @@ def replacing(target: Path, outdated: Iterable[Path] = ()) -> Iterator[Path]:
 def cannot_write(target: Path, error: Exception) -> InputError:
     """What is said where a disk is full or not writable."""
     reason = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0]
-    return InputError(f"cannot write {target}: {reason}")
+    return InputError(f"cannot write {Path(*map(meant, target.parts))}: {reason}")
 
 
 @contextmanager

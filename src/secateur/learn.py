@@ -214,7 +214,7 @@ def _fix(optimiser: Optimiser, model: PreTrainedModel, groups: tuple[Group, ...]
 def _measured(
     step: Step, optimiser: Optimiser, model: PreTrainedModel, groups: tuple[Group, ...], held_out_NT: torch.Tensor
 ) -> tuple[Step, float]:
-    """The step with held-out losses of gates as trained, over samples where noisy, and as deployed; the latter alone."""
+    """The step with held-out losses of gates as trained, over samples where noisy, and as deployed; that one again."""
 
     def held_out(gate_N: torch.Tensor) -> float:
         return mean_loss(model, held_out_NT, groups, by_group(gate_N, groups))
