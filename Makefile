@@ -9,7 +9,7 @@ MODEL_2 := .cache/gemma3-270m/gemma-3-270m-q4_k_m.gguf
 QUANTISERS := .cache/quantisers
 MODEL_2_SHA256 := a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818
 
-.PHONY: install model model-2 demo test test-quantise serve test-serve lint typecheck clean
+.PHONY: install model model-2 demo test test-quantise test-kills serve test-serve lint typecheck clean
 
 install: $(VENV)/.installed
 
@@ -72,6 +72,10 @@ $(QUANTISERS)/.installed: | $(VENV)/.installed
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $(QUANTISERS) torchao==0.18.0 llmcompressor==0.14.0.1 \
 		compressed-tensors==0.19.0 loguru==0.7.3 nvidia-ml-py==13.615.71
 	touch $@
+
+# Runs that are killed a hundred times at random moments, and at every operation on files, and find the disk full there.
+test-kills: install
+	$(BIN)/python tests/kills.py --kills 100 --windows 0 --full 0
 
 lint: install
 	$(BIN)/ruff check src tests examples benchmarks

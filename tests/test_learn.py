@@ -35,6 +35,11 @@ def steps_kept(checkpoints):
     return sorted(int(path.stem.removeprefix("step-")) for path in checkpoints.folder.iterdir())
 
 
+def die_at(number, step):
+    if step.step == number:
+        raise SystemError
+
+
 def interrupt_at(number):
     def on_step(step):
         if step.step == number:
@@ -87,12 +92,8 @@ def test_a_run_interrupted_while_the_kept_set_is_fixed_goes_on_to_the_same_gates
 def test_a_run_that_is_killed_goes_on_from_its_last_checkpoint_to_the_same_gates(model, tmp_path):
     checkpoints = Checkpoints(tmp_path / "checkpoints", every=1000)
 
-    def die(step):
-        if step.step == 9:
-            raise SystemError
-
     with pytest.raises(SystemError):
-        run(model, checkpoints=replace(checkpoints, every=4), on_step=die)
+        run(model, checkpoints=replace(checkpoints, every=4), on_step=lambda step: die_at(9, step))
     assert steps_kept(checkpoints) == [4, 8]
     assert torch.equal(run(model, checkpoints=checkpoints).z_N, run(model).z_N)
 
@@ -100,6 +101,30 @@ def test_a_run_that_is_killed_goes_on_from_its_last_checkpoint_to_the_same_gates
 def test_a_checkpoint_has_no_half_written_file_beside_it(model, tmp_path):
     run(model, checkpoints=Checkpoints(tmp_path, every=3))
     assert {path.name for path in tmp_path.iterdir()} == {f"step-{step:08d}.safetensors" for step in (9, 12)}
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_the_best_of_the_states_that_can_be_compared_is_kept(model, tmp_path, measured):
+    steps, checkpoints = [], Checkpoints(tmp_path, every=1)
+    run(model, checkpoints=checkpoints, measure_every=int(measured), on_step=steps.append)
+    if measured:  # gates as they would be deployed fit the budget at every step
+        losses = {step.step: step.held_out_deployed for step in steps}
+    else:  # before, loss rises with what has been removed
+        losses = {step.step: step.loss for step in steps if step.step > FIXED_AT}
+    assert steps_kept(checkpoints) == sorted({STEPS - 1, STEPS, min(losses, key=losses.get)})
+
+
+@pytest.mark.parametrize("damaged", [[8], [4, 8]])
+def test_a_run_goes_on_from_the_state_before_a_damaged_one_or_starts_over_to_the_same_gates(model, tmp_path, damaged):
+    said, seen = [], []
+    checkpoints = Checkpoints(tmp_path, every=4, warn=said.append)
+    with pytest.raises(SystemError):
+        run(model, checkpoints=checkpoints, on_step=lambda step: die_at(9, step))
+    for step in damaged:
+        (tmp_path / f"step-{step:08d}.safetensors").write_bytes(b"{}")
+    resumed = run(model, checkpoints=checkpoints, on_step=lambda s: seen.append(s.step))
+    assert seen[0] == (5 if damaged == [8] else 1) and len(said) == len(damaged)
+    assert torch.equal(resumed.z_N, run(model).z_N)
 
 
 # --- on budget -------------------------------------------------------------------------------------------------------

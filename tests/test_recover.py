@@ -1,6 +1,7 @@
 """Recovery: the weights that are left learn from the dense model, resume bit for bit, and land in the export."""
 
 import json
+import signal
 import sys
 from dataclasses import replace
 
@@ -131,6 +132,25 @@ def test_a_recovery_that_is_killed_goes_on_from_its_last_checkpoint(folder, teac
     resumed = run(folder, teacher, "lora", checkpoints=checkpoints, on_step=lambda s: seen.append(s.step))
     whole = run(folder, teacher, "lora")
     assert seen[0] == 6 and all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_an_interrupt_amid_an_update_waits_for_its_end(folder, teacher, tmp_path, monkeypatch, kind):
+    checkpoints, lines, update = Checkpoints(tmp_path / "recovery"), [], torch.optim.AdamW.step
+
+    def amid(adam, *args):
+        update(adam, *args)
+        if len(lines) == 4:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(torch.optim.AdamW, "step", amid)
+        run(folder, teacher, kind, checkpoints=checkpoints, on_step=lines.append)
+    assert len(lines) == 5
+    resumed = run(folder, teacher, kind, checkpoints=checkpoints, on_step=lines.append)
+    whole = run(folder, teacher, kind)
+    assert [step.step for step in lines] == list(range(1, STEPS + 1))
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
 def test_a_checkpoint_of_other_settings_is_refused(folder, teacher, tmp_path):
