@@ -1,4 +1,4 @@
-"""Runs on disks, in folders and under signals as they come: what is told, what is left, and that they go on to the same.
+"""Runs on disks, in folders and under signals as they come: what is told, what is left, how they go on.
 
 What kill -9 leaves is in test_kills.py, damaged data in test_data.py, one file that cannot be written in test_files.py.
 """
@@ -128,7 +128,7 @@ def test_a_signal_that_a_library_swallows_still_ends_the_run(capsys, monkeypatch
     assert not (tmp_path / "run" / "gates.safetensors").exists()
 
 
-# --- what a killed process leaves --------------------------------------------------------------------------------------
+# --- what a killed process leaves ------------------------------------------------------------------------------------
 
 
 def test_what_is_half_written_is_never_read_and_goes(interrupted, finished):
@@ -176,7 +176,7 @@ def test_states_of_learning_that_is_done_go_and_those_of_learning_anew_stay(monk
     assert not (run / "checkpoints").exists()
 
 
-# --- between two files that belong together ----------------------------------------------------------------------------
+# --- between two files that belong together --------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -103,7 +103,7 @@ class Checkpoints:
         """Whether the newest state is that after the last of `steps`, its settings saying what is `said`: then they are
         of training that is done, left by a process that was killed before it discarded them, as is done now."""
         left = any(
-            (state := _said(path)).get("step") == steps and said in state["settings"]
+            (state := _said(path)).get("step") == steps and said in state.get("settings", "")
             for path in self._newest_first()[:1]
         )
         if left:

@@ -114,7 +114,8 @@ def learn(
             checkpoints.save(State(int(tensors["done"]), settings, tensors, about, loss))
             losses.clear()
 
-    if checkpoints is not None and (found := checkpoints.latest(settings)) is not None:
+    found = None if checkpoints is None else checkpoints.latest(settings)
+    if found is not None:
         optimiser.restore(found.tensors)
         fixing = None if found.about is None else Fixing(**found.about)
     elif recipe.sensitivity_batches:
@@ -127,7 +128,7 @@ def learn(
     assert len(batches) == steps, f"{steps} steps need {steps} batches, got {len(batches)}"
 
     state = optimiser.state(), fixing
-    if optimiser.done == 0:
+    if found is None:
         save()  # sensitivity takes as long as many steps
     try:
         while optimiser.done < steps:
@@ -150,16 +151,18 @@ def learn(
                 raise LearningDiverged(optimiser.done, optimiser.ranking(), optimiser.values())
             step = optimiser.advance(grad_N, loss.item(), ce.item(), kl.item(), unseen(grad_N, groups))
             if measure_every and step.step % measure_every == 0:
-                step, deployed = _measured(step, optimiser, model, groups, held_out_NT)
-                losses[:] = [deployed]
-            elif not measure_every and optimiser.kept_N is not None:
+                step = _measured(step, optimiser, model, groups, held_out_NT)
+            if step.held_out_deployed is not None:
+                losses[:] = [step.held_out_deployed]
+            elif optimiser.kept_N is not None and not measure_every:
                 losses.append(step.loss)
             on_step(step)
             state = optimiser.state(), fixing
             if checkpoints is not None and checkpoints.due(optimiser.done, steps):
                 save()
     except KeyboardInterrupt:
-        save()
+        if found is None or int(state[0]["done"]) > found.step:
+            save()
         raise
     return Learned(optimiser.ranking(), optimiser.values(), fixing)
 
@@ -213,8 +216,8 @@ def _fix(optimiser: Optimiser, model: PreTrainedModel, groups: tuple[Group, ...]
 @torch.no_grad()
 def _measured(
     step: Step, optimiser: Optimiser, model: PreTrainedModel, groups: tuple[Group, ...], held_out_NT: torch.Tensor
-) -> tuple[Step, float]:
-    """The step with held-out losses of gates as trained, over samples where noisy, and as deployed; that one again."""
+) -> Step:
+    """The step with held-out losses: gates as trained, over samples where they are noisy, and as deployed."""
 
     def held_out(gate_N: torch.Tensor) -> float:
         return mean_loss(model, held_out_NT, groups, by_group(gate_N, groups))
@@ -223,4 +226,4 @@ def _measured(
     trained = [held_out(optimiser.train_gates(optimiser.z_N, sample)) for sample in samples]
     kept_N = largest_that_fits(optimiser.ranking(), optimiser.limits)
     deployed = held_out(optimiser.values() * kept_N)
-    return replace(step, held_out_trained=sum(trained) / len(trained), held_out_deployed=deployed), deployed
+    return replace(step, held_out_trained=sum(trained) / len(trained), held_out_deployed=deployed)
