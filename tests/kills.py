@@ -139,9 +139,10 @@ class Operations:
         serialise, fsync = safetensors.torch.serialize_file, os.fsync
 
         def half(tensors: Any, path: Any, metadata: Any = None) -> None:
-            def cut() -> None:
-                serialise(tensors, path, metadata=metadata)
-                os.truncate(path, Path(path).stat().st_size // 2)
+            def cut() -> None:  # as safetensors does it: in a file of another name
+                own = Path(path).with_name(".tmpHaLf00")
+                serialise(tensors, own, metadata=metadata)
+                os.truncate(own, own.stat().st_size // 2)
 
             self.done("write", path)
             self.done("write half of", path, cut)
@@ -173,7 +174,6 @@ class Operations:
             cut()
             os.kill(os.getpid(), signal.SIGKILL)
         if self.full and len(self.names) >= self.at > 0 and what in ("open", "mkdir", "write", "write half of"):
-            cut()
             if what.startswith("write"):
                 from safetensors import SafetensorError
 

@@ -59,6 +59,8 @@ def inputs(dense, text):
     (folder / "out").mkdir()
     folder.chmod(0o755)
     (folder / "out").chmod(0o777)
+    for path in (folder / "dense").iterdir():
+        path.chmod(0o644)
     root = os.geteuid() == 0
     if root:
         os.seteuid(NOBODY)

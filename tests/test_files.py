@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from runs import leftovers
 from secateur import files
@@ -32,9 +34,10 @@ def names(folder):
 
 
 def test_what_a_dead_process_left_half_written_goes_and_all_else_stays(tmp_path, dead):
-    for name in (f".plan.json.{dead}.tmp", f".model.{dead}.tmp/config.json", f"model/.README.md.{dead}.tmp",
-                 f".model.{dead}.tmp/.README.md.{dead}.tmp", f"self/.00000.safetensors.{dead}.tmp",
-                 f".plan.json.{os.getpid()}.tmp", f".plan.json.{2**80}.tmp"):  # fmt: skip
+    for name in (f".plan.json.{dead}.tmp/plan.json", f".model.{dead}.tmp/model/config.json",
+                 f"model/.README.md.{dead}.tmp/README.md", f".model.{dead}.tmp/model/.README.md.{dead}.tmp/README.md",
+                 f"self/.00000.safetensors.{dead}.tmp/.tmpAbCdEf", f".plan.json.{os.getpid()}.tmp",
+                 f".plan.json.{2**80}.tmp"):  # fmt: skip
         make(tmp_path / name)
     others = {"plan.json", ".hidden", "notes.tmp", ".notes.tmp", ".plan.json.tmp", f".plan.json.{os.getppid()}.tmp",
               f"model/.git.{dead}.temp"}  # fmt: skip
@@ -73,6 +76,16 @@ def test_content_is_on_the_disk_before_it_gets_its_name_and_what_speaks_of_the_o
     aside = [(f".model.{os.getpid()}.earlier.tmp", [False, False])] * folder
     assert done == [("synced", [True, True]), *aside, ("model", [False, False])]
     assert leftovers(tmp_path) == []
+
+
+def test_files_are_as_readable_as_the_umask_says(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with replacing(tmp_path / "gates.safetensors") as temporary:
+            save_file({"z": torch.zeros(2)}, temporary)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "gates.safetensors").stat().st_mode & 0o777 == 0o640
 
 
 def test_all_files_of_a_folder_go_to_the_disk(tmp_path, monkeypatch):

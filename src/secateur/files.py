@@ -1,7 +1,8 @@
-"""Files that are written whole or not at all: a temporary name beside the target, then a rename.
+"""Files that are written whole or not at all: in a temporary folder beside the target, then a rename.
 
 Temporary names carry the number of their process: what one leaves that was killed is told from what another one is
-writing, is never read, and goes when the run is next opened (`sweep`).
+writing, is never read, and goes when the run is next opened (`sweep`). A folder, because safetensors writes to a file
+of its own beside the one that it is told, and leaves it when it is killed.
 """
 
 import json
@@ -31,12 +32,15 @@ def replacing(target: Path, outdated: Iterable[Path] = ()) -> Iterator[Path]:
     `outdated` are files and folders that speak of the old one: they go just before it does.
     Raises InputError when the disk is full or not writable, which safetensors reports by an error of its own.
     """
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    room = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     earlier = target.with_name(f".{target.name}.{os.getpid()}.earlier.tmp")
+    temporary = room / target.name
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        room.mkdir(parents=True, exist_ok=True)
         yield temporary
-        to_disk(temporary)
+        for file in (path for path in room.rglob("*") if path.is_file()):
+            file.chmod(0o666 & ~_umask())  # those of safetensors are their owner's alone
+        to_disk(room)
         for path in outdated:
             remove(path)
         if temporary.is_dir() and target.exists():
@@ -47,14 +51,17 @@ def replacing(target: Path, outdated: Iterable[Path] = ()) -> Iterator[Path]:
     finally:
         if earlier.exists() and not target.exists():
             earlier.replace(target)
-        for left in (temporary, earlier):
+        for left in (room, earlier):
             remove(left)
 
 
 def cannot_write(target: Path, error: Exception) -> InputError:
     """What is said where a disk is full or not writable."""
     reason = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0]
-    return InputError(f"cannot write {Path(*map(meant, target.parts))}: {reason}")
+    if number := re.search(r"\(os error (\d+)\)", reason):  # safetensors adds a name of its own
+        reason = os.strerror(int(number[1]))
+    whole = Path(*(part for part in target.parts if not TEMPORARY.fullmatch(part)))
+    return InputError(f"cannot write {whole}: {reason}")
 
 
 @contextmanager
@@ -94,14 +101,20 @@ def remove(path: Path) -> None:
             path.unlink()
 
 
-def to_disk(path: Path) -> None:
-    """Waits until a file, or every file in a folder, is on the disk and no longer in the memory of the system only."""
-    for file in [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]:
+def to_disk(folder: Path) -> None:
+    """Waits until every file in a folder is on the disk and no longer in the memory of the system only."""
+    for file in (path for path in folder.rglob("*") if path.is_file()):
         descriptor = os.open(file, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
 
 
 def _at_work(process: int) -> bool:
