@@ -209,8 +209,8 @@ def test_a_file_that_is_damaged_in_the_middle_is_read_up_to_there_and_the_place_
     place = re.search(rf"{re.escape(name)}(, line| .*after line| .*after row) ([\d,]+)", message)
     assert place, message
     undamaged = int(place[2].replace(",", "")) - (place[1] == ", line")
-    assert 600 <= undamaged < 950
-    before = "".join(["before", *texts[:600]])  # gzip may make something of what follows, until it notices
+    assert undamaged >= 600 and (undamaged < 950 or ".gz" in name)  # gzip makes something of what follows for a while
+    before = "".join(["before", *texts[:600]])
     assert "".join(read).replace("\n", "").startswith(before)
 
 

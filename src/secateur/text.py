@@ -158,10 +158,11 @@ def _parquet_documents(path: Path, column: str, whole: bool) -> Iterator[str]:
         source = pa.BufferReader(stream.read()) if path.suffix.lower() in COMPRESSION else stream
         file = pq.ParquetFile(source, page_checksum_verification=True)  # of pages that have a checksum
         _text_of(dict.fromkeys(file.schema_arrow.names), column, str(path))
-        for batch in file.iter_batches(batch_size=256, columns=[column]):
-            for row in batch.to_pylist():
-                yield _text_of(row, column, str(path))
-                place.done += 1
+        for group in range(file.num_row_groups):  # by themselves, so that the groups before a damaged one are read
+            for batch in file.iter_batches(batch_size=256, row_groups=[group], columns=[column]):
+                for row in batch.to_pylist():
+                    yield _text_of(row, column, str(path))
+                    place.done += 1
 
 
 READERS: dict[str, Callable[[Path, str, bool], Iterator[str]]] = {
