@@ -188,7 +188,7 @@ def shard_of(name, texts):
     if name.endswith(".parquet"):
         sink = pa.BufferOutputStream()
         pq.write_table(
-            pa.table({"text": texts}), sink, row_group_size=500, compression="none", write_page_checksum=True
+            pa.table({"text": texts}), sink, row_group_size=300, compression="none", write_page_checksum=True
         )
         return sink.getvalue().to_pybytes()
     lines = "".join((text if ".txt" in name else json.dumps({"text": text})) + "\n" for text in texts)
