@@ -103,6 +103,16 @@ def test_a_checkpoint_has_no_half_written_file_beside_it(model, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {f"step-{step:08d}.safetensors" for step in (9, 12)}
 
 
+def test_sensitivity_is_not_measured_again_after_it_was(model, tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path, every=1000)
+    with pytest.raises(SystemError):
+        run(model, checkpoints=checkpoints, on_step=lambda step: die_at(1, step))
+    monkeypatch.setattr(learning, "gate_sensitivity", None)
+    resumed = run(model, checkpoints=checkpoints)
+    monkeypatch.undo()
+    assert torch.equal(resumed.z_N, run(model).z_N)
+
+
 @pytest.mark.parametrize("measured", [True, False])
 def test_the_best_of_the_states_that_can_be_compared_is_kept(model, tmp_path, measured):
     steps, checkpoints = [], Checkpoints(tmp_path, every=1)
