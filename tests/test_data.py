@@ -180,6 +180,12 @@ def garbled(content):
     return content[:start] + b"\xff" * 2_000 + content[start + 2_000 :]
 
 
+def misread(content):
+    """One digit is another one."""
+    at = next(i for i in range(int(0.6 * len(content)), len(content)) if content[i - 2 : i + 3].isdigit())
+    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+
+
 def cut(content):
     return content[: int(0.6 * len(content))]
 
@@ -198,7 +204,7 @@ def shard_of(name, texts):
 @pytest.mark.parametrize(
     ("name", "damage"),
     [(name, damage) for name in ("a.jsonl.gz", "a.jsonl.zst", "a.txt.gz") for damage in (garbled, cut)]
-    + [("a.jsonl", garbled), ("a.jsonl", cut), ("a.parquet", garbled)],
+    + [("a.jsonl", garbled), ("a.jsonl", cut), ("a.parquet", garbled), ("a.parquet", misread)],
 )
 def test_a_file_that_is_damaged_in_the_middle_is_read_up_to_there_and_the_place_is_named(tmp_path, name, damage):
     texts = [" ".join(str(random.Random(20 * i + j).random()) for j in range(20)) for i in range(1_500)]

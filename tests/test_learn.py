@@ -114,13 +114,16 @@ def test_sensitivity_is_not_measured_again_after_it_was(model, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("measured", [True, False])
-def test_the_best_of_the_states_that_can_be_compared_is_kept(model, tmp_path, measured):
-    steps, checkpoints = [], Checkpoints(tmp_path, every=1)
+def test_the_best_of_the_states_that_can_be_compared_is_kept(model, tmp_path, monkeypatch, measured):
+    steps, states, save = [], [], Checkpoints.save
+    monkeypatch.setattr(Checkpoints, "save", lambda own, state: (states.append(state), save(own, state)))
+    checkpoints = Checkpoints(tmp_path, every=1)
     run(model, checkpoints=checkpoints, measure_every=int(measured), on_step=steps.append)
     if measured:  # gates as they would be deployed fit the budget at every step
         losses = {step.step: step.held_out_deployed for step in steps}
     else:  # before, loss rises with what has been removed
         losses = {step.step: step.loss for step in steps if step.step > FIXED_AT}
+    assert {state.step: state.loss for state in states if state.loss is not None} == losses
     assert steps_kept(checkpoints) == sorted({STEPS - 1, STEPS, min(losses, key=losses.get)})
 
 
