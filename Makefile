@@ -10,7 +10,7 @@ QUANTISERS := .cache/quantisers
 BROWSER := .cache/browser
 MODEL_2_SHA256 := a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818
 
-.PHONY: install model model-2 demo test test-quantise test-browser chromium serve test-serve lint typecheck clean
+.PHONY: install model model-2 demo test test-quantise test-browser test-kills chromium serve test-serve lint typecheck clean
 
 install: $(VENV)/.installed
 
@@ -89,6 +89,10 @@ chromium: $(BROWSER)/.installed
 		|| { [ "$$(id -u)" = 0 ] && apt-get update -qq \
 			&& apt-get install -qq --yes --no-install-recommends chromium fonts-dejavu-core > /dev/null; } \
 		|| PYTHONPATH=$(BROWSER) $(BIN)/python -m playwright install --with-deps chromium
+
+# Runs that are killed a hundred times at random moments, and at every operation on files, and find the disk full there.
+test-kills: install
+	$(BIN)/python tests/kills.py --kills 100 --windows 0 --full 0
 
 lint: install
 	$(BIN)/ruff check src tests examples benchmarks

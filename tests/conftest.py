@@ -14,10 +14,18 @@ import torch
 import transformers
 
 from runs import prune_arguments, secateur, write_checkpoint, write_texts
+from secateur import files
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_waiting_for_the_disk():
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(files, "to_disk", lambda _path: None)
+        yield
 
 
 @pytest.fixture(scope="module")

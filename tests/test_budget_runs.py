@@ -8,6 +8,7 @@ import torch
 
 from runs import complaint, prune_arguments, random_tokens, same_gates, secateur, small_llama, write_checkpoint
 from secateur.budget import make_budget
+from secateur.checkpoints import Checkpoints
 from secateur.config import Config, load_config, save_config
 from secateur.costs import bounds_of
 from secateur.describe import describe
@@ -115,7 +116,7 @@ def learned(model, checkpoint, words, on_step=lambda _: None, recipe=auto_recipe
     ids = random_tokens(22, 16)
     return learn(
         model, description.groups, ids[:20], ids[20:], limits, recipe(10), steps=10, batch_size=2,
-        checkpoint=checkpoint, checkpoint_every=3, on_step=on_step,
+        checkpoints=checkpoint and Checkpoints(checkpoint, every=3), on_step=on_step,
     )  # fmt: skip
 
 

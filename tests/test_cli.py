@@ -192,7 +192,7 @@ def test_an_interrupted_run_leaves_nothing_half_written_and_resumes_to_the_same(
     assert same_gates(run, finished)
     for name in ("metrics.jsonl", "model/model.safetensors"):
         assert (run / name).read_bytes() == (finished / name).read_bytes(), name
-    assert not (run / "checkpoint.safetensors").exists()
+    assert not (run / "checkpoints").exists()
 
 
 def test_metrics_survive_an_interruption_before_the_first_resumed_step(monkeypatch, dense, text, tmp_path, finished):

@@ -2,9 +2,13 @@
 
 import gzip
 import json
+import random
+import re
 from itertools import chain, count
 from types import SimpleNamespace
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import zstandard
@@ -169,6 +173,51 @@ def test_damaged_or_foreign_files_are_named_with_the_fault(tmp_path, name):
     (tmp_path / name).write_bytes(content)
     message = complaint(lambda: list(documents(str(tmp_path / name.split("/")[0]))))
     assert [e for e in expected if e not in message] == []
+
+
+def garbled(content):
+    start = int(0.6 * len(content))
+    return content[:start] + b"\xff" * 2_000 + content[start + 2_000 :]
+
+
+def misread(content):
+    """One digit is another one."""
+    at = next(i for i in range(int(0.6 * len(content)), len(content)) if content[i - 2 : i + 3].isdigit())
+    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+
+
+def cut(content):
+    return content[: int(0.6 * len(content))]
+
+
+def shard_of(name, texts):
+    if name.endswith(".parquet"):
+        sink = pa.BufferOutputStream()
+        pq.write_table(
+            pa.table({"text": texts}), sink, row_group_size=300, compression="none", write_page_checksum=True
+        )
+        return sink.getvalue().to_pybytes()
+    lines = "".join((text if ".txt" in name else json.dumps({"text": text})) + "\n" for text in texts)
+    return COMPRESS[name[name.rindex(".") :] if name.count(".") > 1 else ""](lines.encode())
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [(name, damage) for name in ("a.jsonl.gz", "a.jsonl.zst", "a.txt.gz") for damage in (garbled, cut)]
+    + [("a.jsonl", garbled), ("a.jsonl", cut), ("a.parquet", garbled), ("a.parquet", misread)],
+)
+def test_a_file_that_is_damaged_in_the_middle_is_read_up_to_there_and_the_place_is_named(tmp_path, name, damage):
+    texts = [" ".join(str(random.Random(20 * i + j).random()) for j in range(20)) for i in range(1_500)]
+    write_jsonl(tmp_path / "0.jsonl", ["before"])
+    (tmp_path / name).write_bytes(damage(shard_of(name, texts)))
+    read = []
+    message = complaint(lambda: read.extend(documents(str(tmp_path))))
+    place = re.search(rf"{re.escape(name)}(, line| .*after line| .*after row) ([\d,]+)", message)
+    assert place, message
+    undamaged = int(place[2].replace(",", "")) - (place[1] == ", line")
+    assert undamaged >= 600 and (undamaged < 950 or ".gz" in name)  # gzip makes something of what follows for a while
+    before = "".join(["before", *texts[:600]])
+    assert "".join(read).replace("\n", "").startswith(before)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import torch
 
 from runs import complaint, described, prune_arguments, random_tokens, same_gates, secateur, small_llama
 from secateur.attach import attached
+from secateur.checkpoints import Checkpoints
 from secateur.data import Blocks, fingerprint
 from secateur.files import InputError
 from secateur.gates import by_group
@@ -151,28 +152,28 @@ def test_a_guard_changes_what_is_kept_and_helps_its_text(model):
 
 @pytest.mark.parametrize("step", [1, 7, STEPS - 1])
 def test_an_interrupted_run_goes_on_to_the_same_gates_and_multipliers(model, tmp_path, step):
-    guarded, checkpoint = {Guard("a", 0.05): guard_rows()}, tmp_path / "checkpoint.safetensors"
+    guarded, checkpoints = {Guard("a", 0.05): guard_rows()}, Checkpoints(tmp_path / "checkpoints")
 
     def stop(at):
         if at.step == step:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        learned(model, guarded, checkpoint=checkpoint, on_step=stop)
+        learned(model, guarded, checkpoints=checkpoints, on_step=stop)
     resumed, whole = [], []
-    gates = learned(model, guarded, checkpoint=checkpoint, on_step=resumed.append)
+    gates = learned(model, guarded, checkpoints=checkpoints, on_step=resumed.append)
     assert torch.equal(gates.z_N, learned(model, guarded, on_step=whole.append).z_N)
     assert resumed[-1] == whole[-1]
 
 
 def test_a_checkpoint_of_another_guard_is_refused(model, tmp_path):
-    checkpoint = tmp_path / "checkpoint.safetensors"
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
     with pytest.raises(KeyboardInterrupt):
-        learned(model, {Guard("a", 0.05): guard_rows()}, checkpoint=checkpoint, on_step=interrupted)
+        learned(model, {Guard("a", 0.05): guard_rows()}, checkpoints=checkpoints, on_step=interrupted)
     with pytest.raises(InputError, match="other settings"):
-        learned(model, {Guard("a", 0.06): guard_rows()}, checkpoint=checkpoint)
+        learned(model, {Guard("a", 0.06): guard_rows()}, checkpoints=checkpoints)
     with pytest.raises(InputError, match="other settings"):
-        learned(model, {Guard("a", 0.05): guard_rows(4)}, checkpoint=checkpoint)
+        learned(model, {Guard("a", 0.05): guard_rows(4)}, checkpoints=checkpoints)
 
 
 def interrupted(_step):

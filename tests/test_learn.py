@@ -1,5 +1,7 @@
 """The learning loop: reproducible, resumable bit for bit, on budget, and without a trace in the model."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -7,6 +9,7 @@ from safetensors.torch import load_file
 from runs import described, random_tokens, small_llama
 from secateur import learn as learning
 from secateur.budget import largest_that_fits
+from secateur.checkpoints import Checkpoints
 from secateur.learn import LearningDiverged, learn
 from secateur.recipes import auto_recipe, paper_recipe
 
@@ -26,6 +29,15 @@ def run(model, recipe=auto_recipe, steps=STEPS, sparsity=0.3, scope="model", see
         model, description.groups, tokens_NT, random_tokens(2, 12, seed=9), limits, recipe(steps), steps=steps,
         batch_size=2, seed=seed, **options,
     )  # fmt: skip
+
+
+def steps_kept(checkpoints):
+    return sorted(int(path.stem.removeprefix("step-")) for path in checkpoints.folder.iterdir())
+
+
+def die_at(number, step):
+    if step.step == number:
+        raise SystemError
 
 
 def interrupt_at(number):
@@ -51,48 +63,81 @@ def test_another_seed_gives_other_gates_where_the_start_is_random(model):
 @pytest.mark.parametrize("recipe", [auto_recipe, paper_recipe])
 @pytest.mark.parametrize("step", [1, 2, 5, FIXED_AT, FIXED_AT + 1, FIXED_AT + 2, STEPS])
 def test_an_interrupted_run_goes_on_to_the_gates_of_an_uninterrupted_one(model, tmp_path, recipe, step):
-    checkpoint = tmp_path / "checkpoint.safetensors"
+    checkpoints = Checkpoints(tmp_path / "checkpoints", every=1000)
     with pytest.raises(KeyboardInterrupt):
-        run(model, recipe, checkpoint=checkpoint, checkpoint_every=1000, on_step=interrupt_at(step))
+        run(model, recipe, checkpoints=checkpoints, on_step=interrupt_at(step))
     seen = []
-    resumed = run(model, recipe, checkpoint=checkpoint, on_step=lambda s: seen.append(s.step))
+    resumed = run(model, recipe, checkpoints=checkpoints, on_step=lambda s: seen.append(s.step))
     assert seen == list(range(step, STEPS + 1))
     assert torch.equal(resumed.z_N, run(model, recipe).z_N)
 
 
 def test_a_run_interrupted_twice_goes_on_to_the_same_gates(model, tmp_path):
-    checkpoint = tmp_path / "checkpoint.safetensors"
+    checkpoints = Checkpoints(tmp_path / "checkpoints", every=1000)
     for step in (3, FIXED_AT + 2):
         with pytest.raises(KeyboardInterrupt):
-            run(model, checkpoint=checkpoint, on_step=interrupt_at(step))
-    assert torch.equal(run(model, checkpoint=checkpoint).z_N, run(model).z_N)
+            run(model, checkpoints=checkpoints, on_step=interrupt_at(step))
+    assert torch.equal(run(model, checkpoints=checkpoints).z_N, run(model).z_N)
 
 
 def test_a_run_interrupted_while_the_kept_set_is_fixed_goes_on_to_the_same_gates(model, tmp_path, monkeypatch):
-    checkpoint = tmp_path / "checkpoint.safetensors"
+    checkpoints = Checkpoints(tmp_path / "checkpoints", every=1000)
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(learning, "mean_loss", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        run(model, checkpoint=checkpoint)
-    resumed, whole = run(model, checkpoint=checkpoint), run(model)
+        run(model, checkpoints=checkpoints)
+    resumed, whole = run(model, checkpoints=checkpoints), run(model)
     assert torch.equal(resumed.z_N, whole.z_N) and resumed.fixing == whole.fixing
 
 
 def test_a_run_that_is_killed_goes_on_from_its_last_checkpoint_to_the_same_gates(model, tmp_path):
-    checkpoint = tmp_path / "checkpoint.safetensors"
-
-    def die(step):
-        if step.step == 9:
-            raise SystemError
+    checkpoints = Checkpoints(tmp_path / "checkpoints", every=1000)
 
     with pytest.raises(SystemError):
-        run(model, checkpoint=checkpoint, checkpoint_every=4, on_step=die)
-    assert int(load_file(checkpoint)["done"]) == 8
-    assert torch.equal(run(model, checkpoint=checkpoint).z_N, run(model).z_N)
+        run(model, checkpoints=replace(checkpoints, every=4), on_step=lambda step: die_at(9, step))
+    assert steps_kept(checkpoints) == [4, 8]
+    assert torch.equal(run(model, checkpoints=checkpoints).z_N, run(model).z_N)
 
 
 def test_a_checkpoint_has_no_half_written_file_beside_it(model, tmp_path):
-    run(model, checkpoint=tmp_path / "checkpoint.safetensors", checkpoint_every=3)
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.safetensors"]
+    run(model, checkpoints=Checkpoints(tmp_path, every=3))
+    assert {path.name for path in tmp_path.iterdir()} == {f"step-{step:08d}.safetensors" for step in (9, 12)}
+
+
+def test_sensitivity_is_not_measured_again_after_it_was(model, tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path, every=1000)
+    with pytest.raises(SystemError):
+        run(model, checkpoints=checkpoints, on_step=lambda step: die_at(1, step))
+    monkeypatch.setattr(learning, "gate_sensitivity", None)
+    resumed = run(model, checkpoints=checkpoints)
+    monkeypatch.undo()
+    assert torch.equal(resumed.z_N, run(model).z_N)
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_the_best_of_the_states_that_can_be_compared_is_kept(model, tmp_path, monkeypatch, measured):
+    steps, states, save = [], [], Checkpoints.save
+    monkeypatch.setattr(Checkpoints, "save", lambda own, state: (states.append(state), save(own, state)))
+    checkpoints = Checkpoints(tmp_path, every=1)
+    run(model, checkpoints=checkpoints, measure_every=int(measured), on_step=steps.append)
+    if measured:  # gates as they would be deployed fit the budget at every step
+        losses = {step.step: step.held_out_deployed for step in steps}
+    else:  # before, loss rises with what has been removed
+        losses = {step.step: step.loss for step in steps if step.step > FIXED_AT}
+    assert {state.step: state.loss for state in states if state.loss is not None} == losses
+    assert steps_kept(checkpoints) == sorted({STEPS - 1, STEPS, min(losses, key=losses.get)})
+
+
+@pytest.mark.parametrize("damaged", [[8], [4, 8]])
+def test_a_run_goes_on_from_the_state_before_a_damaged_one_or_starts_over_to_the_same_gates(model, tmp_path, damaged):
+    said, seen = [], []
+    checkpoints = Checkpoints(tmp_path, every=4, warn=said.append)
+    with pytest.raises(SystemError):
+        run(model, checkpoints=checkpoints, on_step=lambda step: die_at(9, step))
+    for step in damaged:
+        (tmp_path / f"step-{step:08d}.safetensors").write_bytes(b"{}")
+    resumed = run(model, checkpoints=checkpoints, on_step=lambda s: seen.append(s.step))
+    assert seen[0] == (5 if damaged == [8] else 1) and len(said) == len(damaged)
+    assert torch.equal(resumed.z_N, run(model).z_N)
 
 
 # --- on budget -------------------------------------------------------------------------------------------------------
@@ -154,17 +199,17 @@ def test_weights_are_frozen_bit_identical_and_without_gradients_after_learning(m
 
 def test_a_loss_that_is_not_finite_raises_with_the_step_and_the_last_good_gates(tmp_path):
     model = small_llama()
-    checkpoint = tmp_path / "checkpoint.safetensors"
+    checkpoints = Checkpoints(tmp_path / "checkpoints", every=1000)
 
     def break_weights(step):
         if step.step == 4:
             model.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
 
     with pytest.raises(LearningDiverged, match="at step 5; the gates of step 4 are saved") as error:
-        run(model, checkpoint=checkpoint, checkpoint_every=4, on_step=break_weights)
+        run(model, checkpoints=replace(checkpoints, every=4), on_step=break_weights)
     assert error.value.step == 4
     assert torch.isfinite(error.value.z_N).all()
-    assert torch.equal(error.value.z_N, load_file(checkpoint)["z"])
+    assert torch.equal(error.value.z_N, load_file(checkpoints.folder / "step-00000004.safetensors")["z"])
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])

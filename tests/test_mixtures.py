@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from runs import SIZES, complaint, prune_arguments, random_tokens, secateur, small_tokenizer, write_texts
+from runs import SIZES, complaint, leftovers, prune_arguments, random_tokens, secateur, small_tokenizer, write_texts
 from secateur import refit as refitting
 from secateur.attach import attached
 from secateur.budget import everything, largest_that_fits, make_budget
@@ -422,7 +422,7 @@ def test_an_export_from_disk_is_the_same_to_the_byte(mixture, tmp_path):
     assert len(before) > 2
     assert secateur("export", run, "--low-memory") == 0
     assert before == {path.name: path.read_bytes() for path in (run / "model").glob("*.safetensors")}
-    assert not list(run.glob("offload-*"))
+    assert not leftovers(run)
     assert secateur("verify", run) == 0
 
 

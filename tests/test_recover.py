@@ -1,6 +1,7 @@
 """Recovery: the weights that are left learn from the dense model, resume bit for bit, and land in the export."""
 
 import json
+import signal
 import sys
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from runs import complaint, described, prune_arguments, random_tokens, secateur, small_llama
+from secateur.checkpoints import Checkpoints
 from secateur.evaluate import mean_loss
 from secateur.export import export
 from secateur.files import InputError
@@ -107,37 +109,56 @@ def test_what_lora_learned_is_merged_whole(folder, teacher):
 @pytest.mark.parametrize("kind", ["lora", "full"])
 @pytest.mark.parametrize("step", [1, 5, STEPS])
 def test_an_interrupted_recovery_goes_on_to_the_same_weights(folder, teacher, tmp_path, kind, step):
-    checkpoint = tmp_path / "recovery.safetensors"
+    checkpoints = Checkpoints(tmp_path / "recovery", every=5)
     with pytest.raises(KeyboardInterrupt):
-        run(folder, teacher, kind, checkpoint=checkpoint, on_step=interrupt_at(step))
+        run(folder, teacher, kind, checkpoints=checkpoints, on_step=interrupt_at(step))
     seen = []
-    resumed = run(folder, teacher, kind, checkpoint=checkpoint, on_step=lambda s: seen.append(s.step))
+    resumed = run(folder, teacher, kind, checkpoints=checkpoints, on_step=lambda s: seen.append(s.step))
     whole = run(folder, teacher, kind)
     assert seen == list(range(step + 1, STEPS + 1))
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
 def test_a_recovery_that_is_killed_goes_on_from_its_last_checkpoint(folder, teacher, tmp_path):
-    checkpoint = tmp_path / "recovery.safetensors"
+    checkpoints = Checkpoints(tmp_path / "recovery", every=5)
 
     def die(step):
         if step.step == 8:
             raise SystemExit
 
     with pytest.raises(SystemExit):
-        run(folder, teacher, "lora", checkpoint=checkpoint, checkpoint_every=5, on_step=die)
+        run(folder, teacher, "lora", checkpoints=checkpoints, on_step=die)
     seen = []
-    resumed = run(folder, teacher, "lora", checkpoint=checkpoint, on_step=lambda s: seen.append(s.step))
+    resumed = run(folder, teacher, "lora", checkpoints=checkpoints, on_step=lambda s: seen.append(s.step))
     whole = run(folder, teacher, "lora")
     assert seen[0] == 6 and all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_an_interrupt_amid_an_update_waits_for_its_end(folder, teacher, tmp_path, monkeypatch, kind):
+    checkpoints, lines, update = Checkpoints(tmp_path / "recovery"), [], torch.optim.AdamW.step
+
+    def amid(adam, *args):
+        update(adam, *args)
+        if len(lines) == 4:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(torch.optim.AdamW, "step", amid)
+        run(folder, teacher, kind, checkpoints=checkpoints, on_step=lines.append)
+    assert len(lines) == 5
+    resumed = run(folder, teacher, kind, checkpoints=checkpoints, on_step=lines.append)
+    whole = run(folder, teacher, kind)
+    assert [step.step for step in lines] == list(range(1, STEPS + 1))
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
 def test_a_checkpoint_of_other_settings_is_refused(folder, teacher, tmp_path):
-    checkpoint = tmp_path / "recovery.safetensors"
+    checkpoints = Checkpoints(tmp_path / "recovery", every=5)
     with pytest.raises(KeyboardInterrupt):
-        run(folder, teacher, "lora", checkpoint=checkpoint, on_step=interrupt_at(3))
+        run(folder, teacher, "lora", checkpoints=checkpoints, on_step=interrupt_at(3))
     with pytest.raises(InputError, match="other settings"):
-        run(folder, teacher, "lora", replace(SETTINGS["lora"], lr=1.0), checkpoint=checkpoint)
+        run(folder, teacher, "lora", replace(SETTINGS["lora"], lr=1.0), checkpoints=checkpoints)
 
 
 def test_a_loss_that_is_not_finite_stops_recovery_in_one_line(folder, teacher):
@@ -161,7 +182,7 @@ def test_prune_recovers_after_verification_and_says_so(dense, text, tmp_path, ca
     assert updates_of(out / "model") == [f"recover-{kind}"]
     assert json.loads((out / "verify.json").read_text())["passed"]
     steps = [json.loads(line) for line in (out / "recover.jsonl").read_text().splitlines()]
-    assert [s["step"] for s in steps] == [1, 2, 3, 4] and not (out / "recovery.safetensors").exists()
+    assert [s["step"] for s in steps] == [1, 2, 3, 4] and not (out / "recovery").exists()
     card = (out / "model" / "README.md").read_text()
     assert "nothing was fine-tuned" not in card and "dense model as teacher" in card and "4 steps" in card
     assert json.loads((out / "eval.json").read_text())["updates"] == [f"recover-{kind}"]
@@ -192,9 +213,9 @@ def test_a_new_export_is_not_recovered_from_the_state_of_an_earlier_one(run, mon
             stages, "recover", lambda *a, on_step, **k: original(*a, on_step=_both(on_step, interrupt_at(2)), **k)
         )
         assert secateur("recover", run, "--recover", "lora") == 130
-    assert (run / "recovery.safetensors").exists()
+    assert (run / "recovery").exists()
     assert secateur("export", run) == 0
-    assert not (run / "recovery.safetensors").exists()
+    assert not (run / "recovery").exists()
 
 
 def test_an_interrupted_run_resumes_within_recovery(dense, text, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import torch
 
 from runs import described, random_tokens, small_llama
 from secateur.budget import largest_that_fits
+from secateur.checkpoints import Checkpoints
 from secateur.learn import learn
 from secateur.objective import forward_gate, retention_score
 from secateur.optimise import Optimiser
@@ -144,11 +145,11 @@ def test_an_interrupted_run_of_any_method_goes_on_to_the_same_gates(model, tmp_p
         if reported.step == step:
             raise KeyboardInterrupt
 
-    checkpoint = tmp_path / "checkpoint.safetensors"
+    checkpoints = Checkpoints(tmp_path / "checkpoints", every=1000)
     with pytest.raises(KeyboardInterrupt):
-        run(model, method, recipe, checkpoint=checkpoint, checkpoint_every=1000, on_step=interrupt)
+        run(model, method, recipe, checkpoints=checkpoints, on_step=interrupt)
     records, whole_records = [], []
-    resumed = run(model, method, recipe, checkpoint=checkpoint, on_step=records.append)
+    resumed = run(model, method, recipe, checkpoints=checkpoints, on_step=records.append)
     whole = run(model, method, recipe, on_step=whole_records.append)
     assert torch.equal(resumed.z_N, whole.z_N) and torch.equal(resumed.value_N, whole.value_N)
     assert records == whole_records[-len(records) :] and resumed.fixing == whole.fixing

@@ -14,6 +14,7 @@ from rich.console import Console
 from runs import gates_of as gates_file
 from runs import prune_arguments, secateur, small_llama, small_tokenizer
 from secateur.budget import largest_that_fits
+from secateur.checkpoints import Checkpoints
 from secateur.describe import describe
 from secateur.files import InputError
 from secateur.gates import Gates, by_group
@@ -62,7 +63,7 @@ def test_learning_does_not_go_on_from_a_checkpoint_for_another_shape(tmp_path):
         limits = budget(description, shape, 0.3)
         return learn(
             model, description.groups, ids[:8], ids[8:], limits, auto_recipe(4), steps=4, batch_size=2,
-            checkpoint=tmp_path / "checkpoint.safetensors", on_step=on_step,
+            checkpoints=Checkpoints(tmp_path / "checkpoints"), on_step=on_step,
         )  # fmt: skip
 
     def interrupt(step):

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from runs import complaint, described, gates_of, prune_arguments, secateur, small_llama, write_checkpoint
 from secateur.budget import largest_that_fits, make_budget
+from secateur.checkpoints import Checkpoints
 from secateur.config import load_config
 from secateur.costs import bounds_of
 from secateur.describe import describe
@@ -181,7 +182,7 @@ def test_without_sensitivity_gates_that_closed_later_rank_above_those_that_close
 
 
 def test_the_order_survives_an_interruption_bit_for_bit(tmp_path):
-    model, checkpoint = small_llama(), tmp_path / "checkpoint"
+    model, checkpoints = small_llama(), Checkpoints(tmp_path / "checkpoints")
 
     def stop(step):
         if step.step == 7:
@@ -193,12 +194,12 @@ def test_the_order_survives_an_interruption_bit_for_bit(tmp_path):
     for recipe in ("auto", "paper"):
         options = {} if recipe == "auto" else {"recipe": fast}
         with pytest.raises(KeyboardInterrupt):
-            learn_tiny(model, checkpoint=checkpoint, on_step=stop, **options)
-        resumed, whole = learn_tiny(model, checkpoint=checkpoint, **options), learn_tiny(model, **options)
+            learn_tiny(model, checkpoints=checkpoints, on_step=stop, **options)
+        resumed, whole = learn_tiny(model, checkpoints=checkpoints, **options), learn_tiny(model, **options)
         assert torch.equal(resumed.order_N, whole.order_N)
         if recipe == "auto":
             assert torch.equal(resumed.sensitivity_N, whole.sensitivity_N)
-        checkpoint.unlink(missing_ok=True)
+        checkpoints.discard()
 
 
 def test_a_size_that_gates_were_not_learned_for_opens_what_the_order_says():

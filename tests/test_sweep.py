@@ -128,7 +128,7 @@ def test_each_size_lies_in_the_one_before_on_its_budget_and_says_what_it_is(swep
         steps += own
         assert (said["sparsity"], said["steps"], said["tokens"]) == (sparsity, steps, steps * 2 * 16)
         assert len((size / "metrics.jsonl").read_text().splitlines()) == own
-        assert load_config(size / "config.yaml").sparsity == sparsity and not (size / "checkpoint.safetensors").exists()
+        assert load_config(size / "config.yaml").sparsity == sparsity and not (size / "checkpoints").exists()
         open_units = {(n, i) for n, z in gates_of(size).items() if "." in n and n.startswith("layers")
                       for i in (z > 0).nonzero().flatten().tolist()}  # fmt: skip
         assert open_units == kept(size), "what is planned is what was learned"

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from transformers import PreTrainedConfig
 
 from secateur.bench_report import draw
 from secateur.bench_report import show as show
-from secateur.files import InputError, write_json
+from secateur.files import InputError, scratch_folder, write_json
 from secateur.gates import architecture_fingerprint, load_gates
 from secateur.ideal import Cost, Ideal, cost_of, eaten, ideals, odd_widths
 from secateur.latency import against_measured, read_table
@@ -50,8 +49,8 @@ def bench_run(run: Run, settings: Settings, hear: Callable[[str], None] = lambda
     settings.check()
     pruned, dense, trust = checked_export(run), run.config.model, run.config.trust_remote_code
     predict = prediction_of(run)
-    with TemporaryDirectory(prefix="bench-", dir=run.folder) as scratch:
-        results = bench(dense, str(pruned), settings, Path(scratch), hear, trust_remote_code=trust)
+    with scratch_folder(run.folder, "bench") as scratch:
+        results = bench(dense, str(pruned), settings, scratch, hear, trust_remote_code=trust)
     if predict is not None:
         results["predicted"] = predict(results)
     write_json(run.folder / f"bench-{settings.runtime}.json", results)

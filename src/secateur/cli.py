@@ -4,7 +4,6 @@ Help texts are the docstrings of the dataclasses' fields. `Config` serves `prune
 """
 
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -15,7 +14,7 @@ import tyro
 from rich.console import Console
 from safetensors import SafetensorError
 
-from secateur import __version__
+from secateur import __version__, interrupts
 from secateur.config import Config
 from secateur.files import InputError
 from secateur.measure import Bench
@@ -364,7 +363,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         errors.print(f"secateur: no command {name!r}; there are {', '.join(COMMANDS)}", markup=False)
         sys.exit(2)
     os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported, which transformers does
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    interrupts.listen()
     try:
         options = parse(name, COMMANDS[name][0], arguments[1:])
         _prepare()

@@ -171,7 +171,8 @@ class Config:
     max_shard_size: str = "5GB"
     """Largest safetensors file of the export."""
     checkpoint_every: int = 50
-    """Steps between checkpoints, from which an interrupted run resumes."""
+    """Steps between checkpoints, from which a run resumes that was interrupted or killed; the last two and the best are
+    kept until it is done. Ctrl-C and SIGTERM save one more."""
     measure_every: int = 0
     """Every so many steps, measure the held-out loss with the gates as trained and as deployed, for metrics.jsonl; 0:
     never. Changes nothing else."""

@@ -183,8 +183,9 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 
 def store(path: Path, tensors: dict[str, torch.Tensor], settings: dict[str, Any], about: dict[str, Any]) -> Stored:
+    # One entry only: safetensors writes several in a random order, and equal tokens should be equal files.
+    metadata = {"secateur": json.dumps({"settings": settings, "about": about})}
     with replacing(path) as temporary:
-        metadata = {"format": "pt", "secateur": json.dumps({"settings": settings, "about": about})}
         save_file(tensors, temporary, metadata=metadata)
     return tensors, about
 

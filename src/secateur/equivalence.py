@@ -9,14 +9,13 @@ import importlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import ModuleType
 
 import torch
 from rich.table import Table
 
 from secateur.export import export
-from secateur.files import InputError, write_json
+from secateur.files import InputError, scratch_folder, write_json
 from secateur.gguf_file import Written, write_gguf
 from secateur.load import Loaded
 from secateur.plan import Plan
@@ -79,10 +78,10 @@ def runtime_stage(session: Session, runtime: str, prompts: int, new_tokens: int)
     def agreements(model: Path) -> list[Agreement]:
         return compare(reference.greedy(model, rows, new_tokens), module.greedy(model, rows, new_tokens))
 
-    with session.timed("runtime"), TemporaryDirectory(prefix="dense-", dir=run.folder) as temporary:
+    with session.timed("runtime"), scratch_folder(run.folder, "dense") as temporary:
         pruned = agreements(folder)
-        write_dense(session.loaded, Path(temporary) / "model", torch.float32)
-        dense = agreements(Path(temporary) / "model")
+        write_dense(session.loaded, temporary / "model", torch.float32)
+        dense = agreements(temporary / "model")
         allowed = tolerance(dense)
         passed = all(within(a, allowed) for a in (*pruned, *dense))
         result = Equivalence(

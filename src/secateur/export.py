@@ -55,11 +55,13 @@ def export(
     max_shard_size: int | str = "5GB",
     dtype: torch.dtype | None = None,
     base_model: str | None = None,
+    outdated: Iterable[Path] = (),
 ) -> None:
     """Writes the pruned checkpoint to `folder`, which appears when it is complete and replaces what was there.
 
     `tokenizer` may be None; `card` makes the README.md, told whether this is a stock checkpoint; `dtype` None keeps
-    each weight's own. Memory: the model, if its weights are not offloaded to disk, and a shard.
+    each weight's own; `outdated` are files that speak of what was there. Memory: the model, if its weights are not
+    offloaded to disk, and a shard.
     Raises InputError when the plan's widths cannot be said in the shape it asks for.
     """
     stock, stock_base = _stock_classes(model)
@@ -67,7 +69,7 @@ def export(
     ragged = _ragged(values, description, plan)
     if plan.policy.uniform and plan.means is not None:
         raise InputError("a uniform shape has no place for the biases that stand for removed units; use --shape ragged")
-    with replacing(folder) as temporary:
+    with replacing(folder, outdated) as temporary:
         temporary.mkdir()
         if stock.__module__.startswith(families.__name__):
             values = values | _travelling(stock, temporary)

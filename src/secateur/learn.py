@@ -7,22 +7,18 @@ the noise of a method that samples its gates.
 Shape suffixes: N units of the whole model, B batch, T positions.
 """
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from secateur.budget import Budget, largest_that_fits
+from secateur.checkpoints import Checkpoints, State
 from secateur.data import Blocks, fingerprint
 from secateur.evaluate import mean_loss
-from secateur.files import InputError, replacing
+from secateur.files import InputError
 from secateur.gates import by_group
 from secateur.guard import LOOKED_AT, Guard, Multipliers
 from secateur.optimise import Optimiser, Step
@@ -103,8 +99,7 @@ def learn(
     seed: int = 0,
     method: str = "deterministic",
     measure_every: int = 0,
-    checkpoint: Path | None = None,
-    checkpoint_every: int = 50,
+    checkpoints: Checkpoints | None = None,
     on_step: Callable[[Step], None] = lambda _: None,
     on_measured: Callable[[int], None] = lambda _: None,
     teacher: PreTrainedModel | None = None,
@@ -115,8 +110,8 @@ def learn(
     """Learns the gates of `model`, whose weights are frozen and otherwise left as they are.
 
     calibration_NT: token ids, steps × batch_size rows, used in their order. held_out_NT: rows of other documents.
-    With `checkpoint`, the state is saved there every `checkpoint_every` steps and when interrupted; a run that finds it
-    goes on from it to bit-identical gates. `on_measured` hears of the rows that sensitivity is measured on. `method` is
+    With `checkpoints`, states are saved there, also when interrupted; a run that finds one goes on from it to
+    bit-identical gates. `on_measured` hears of the rows that sensitivity is measured on. `method` is
     one of RELAXATIONS; `measure_every` k records the held-out loss every k steps and changes nothing else. `teacher` is
     the model itself without gates unless another one is given. `gradient_checkpointing` computes each layer once more
     in the backward pass instead of keeping what it computed: less memory, the same gates. `guarded`: the texts whose
@@ -137,8 +132,21 @@ def learn(
     if start is not None:
         settings += f" start={fingerprint(start.z_N.cpu(), start.within_N.cpu())}"
         optimiser.go_on_from(start.z_N.to(device), start.within_N.to(device))
-    if checkpoint is not None and checkpoint.exists():
-        fixing = _restore(checkpoint, optimiser, multipliers, settings)
+    losses: list[float] = []  # since the last checkpoint, where they can be compared: the kept set is the same, or fits
+
+    def save() -> None:
+        if checkpoints is not None:
+            tensors, fixed, guards = state  # of a whole step, wherever an interrupt falls
+            about = {"fixing": fixed and asdict(fixed), "guards": guards}
+            loss = sum(losses) / len(losses) if losses else None
+            checkpoints.save(State(int(tensors["done"]), settings, tensors, about, loss))
+            losses.clear()
+
+    earlier = None if checkpoints is None else checkpoints.latest(settings)
+    if earlier is not None:
+        optimiser.restore(earlier.tensors)
+        multipliers.restore(earlier.about["guards"])
+        fixing = None if earlier.about["fixing"] is None else Fixing(**earlier.about["fixing"])
     elif recipe.sensitivity_batches:
         sensitivity_N = None if start is None else start.sensitivity_N
         if sensitivity_N is None:
@@ -163,6 +171,8 @@ def learn(
 
     passes = Passes(model, groups, recipe, teacher, gradient_checkpointing)
     state = optimiser.state(), fixing, multipliers.state()
+    if earlier is None:
+        save()  # sensitivity takes as long as many steps
     try:
         while optimiser.done < steps:
             if optimiser.done == optimiser.settles_at and optimiser.kept_N is None:
@@ -184,13 +194,17 @@ def learn(
                     multipliers.look(above_dense(optimiser.values()))
             if measure_every and step.step % measure_every == 0:
                 step = _measured(step, optimiser, model, groups, held_out_NT)
+            if step.held_out_deployed is not None:
+                losses[:] = [step.held_out_deployed]
+            elif optimiser.kept_N is not None and not measure_every:
+                losses.append(step.loss)
             on_step(step)
             state = optimiser.state(), fixing, multipliers.state()
-            if checkpoint is not None and optimiser.done % checkpoint_every == 0:
-                _save(checkpoint, *state, settings)
+            if checkpoints is not None and checkpoints.due(optimiser.done, steps):
+                save()
     except KeyboardInterrupt:
-        if checkpoint is not None:  # `state` is that of a whole step, wherever the interrupt fell
-            _save(checkpoint, *state, settings)
+        if earlier is None or int(state[0]["done"]) > earlier.step:
+            save()
         raise
     kept_N = optimiser.kept_N
     if kept_N is None:
@@ -255,21 +269,3 @@ def _measured(
     kept_N = largest_that_fits(optimiser.ranking(), optimiser.limits)
     deployed = held_out(optimiser.values() * kept_N)
     return replace(step, held_out_trained=sum(trained) / len(trained), held_out_deployed=deployed)
-
-
-def _save(
-    checkpoint: Path, state: dict[str, torch.Tensor], fixing: Fixing | None, guards: dict[str, Any], settings: str
-) -> None:
-    about = {"settings": settings, "fixing": None if fixing is None else asdict(fixing), "guards": guards}
-    with replacing(checkpoint) as temporary:
-        save_file(state, temporary, metadata={"secateur": json.dumps(about)})
-
-
-def _restore(checkpoint: Path, optimiser: Optimiser, multipliers: Multipliers, settings: str) -> Fixing | None:
-    with safe_open(checkpoint, framework="pt") as file:
-        about = json.loads(file.metadata()["secateur"])
-    if about["settings"] != settings:
-        raise InputError(f"{checkpoint} belongs to other settings than config.yaml has now; delete it to start over")
-    optimiser.restore(load_file(checkpoint))
-    multipliers.restore(about["guards"])
-    return None if about["fixing"] is None else Fixing(**about["fixing"])

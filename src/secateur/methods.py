@@ -162,7 +162,7 @@ def learned_gates(session: Session, limits: Budget, about: dict[str, Any], part:
     def hear(step: Step) -> None:
         session.progress.step(replace(step, step=part.first + step.step))
 
-    with recorded(run.metrics, run.checkpoint.exists(), hear) as on_step:
+    with recorded(run.metrics, c.checkpoint_every, hear) as on_step:
         try:
             learned = learn(
                 loaded.model,
@@ -176,8 +176,7 @@ def learned_gates(session: Session, limits: Budget, about: dict[str, Any], part:
                 seed=c.seed,
                 method=c.method,
                 measure_every=c.measure_every,
-                checkpoint=run.checkpoint,
-                checkpoint_every=c.checkpoint_every,
+                checkpoints=session.checkpoints(run.checkpoints),
                 on_step=on_step,
                 on_measured=session.progress.measured,
                 gradient_checkpointing=c.gradient_checkpointing,

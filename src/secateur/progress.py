@@ -7,6 +7,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from secateur.config import Config
+from secateur.interrupts import check
 from secateur.optimise import Step
 from secateur.recipes import ONE_SHOT
 from secateur.recover import RecoveryStep
@@ -54,6 +55,7 @@ class Screen(Listener):
 
     def stage(self, name: str) -> None:
         """A stage begins."""
+        check()
         self._end()
         self.bars.console.print(f"[bold]{name}[/bold]  {TITLES[name]}")
 
@@ -75,6 +77,7 @@ class Screen(Listener):
         self._train("recover", step, self.config.recover_steps or self.config.steps, "")
 
     def _train(self, name: str, step: Step | RecoveryStep, steps: int, more: str) -> None:
+        check()
         if self.task is None:
             self.task = self.bars.add_task(name, total=steps, figures="")
         tokens = self.config.batch_size * self.config.seq_len
@@ -86,6 +89,7 @@ class Screen(Listener):
 
     def measured(self, rows: int) -> None:
         """The units have been scored on so many rows, or the sensitivity of their gates has been measured."""
+        check()
         if self.task is None:
             what = f"rows, {self.config.method if self.config.method in ONE_SHOT else 'sensitivity'} of each unit"
             self.task = self.bars.add_task("measure", total=self.config.scored_rows, figures=what)
@@ -95,6 +99,7 @@ class Screen(Listener):
 
     def written(self, tokens: int) -> None:
         """The model wrote so many more tokens of text for itself."""
+        check()
         if self.task is None:
             c = self.config
             wanted = c.steps * c.batch_size * c.seq_len // c.epochs + c.held_out_tokens
@@ -103,6 +108,7 @@ class Screen(Listener):
 
     def scored(self, rows: int, of: int) -> None:
         """So many more rows of the zero-shot tasks went through a model."""
+        check()
         if self.task is None:
             self.task = self.bars.add_task("score", total=of, figures="rows")
         self.bars.advance(self.task, rows)

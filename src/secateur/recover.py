@@ -9,21 +9,19 @@ the checkpoint keeps its format.
 Shape suffixes: N rows, B batch, T positions, D hidden size.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from secateur.checkpoints import Checkpoints, State
 from secateur.experts import is_fused, reader
-from secateur.files import InputError, replacing
+from secateur.files import InputError
+from secateur.interrupts import held_back
 from secateur.objective import distillation_loss
 from secateur.vocabulary import Vocabulary
 
@@ -52,6 +50,8 @@ class Recovery:
     """τ."""
     seed: int
     """Of the updates' random half at the start."""
+    after: tuple[str, ...] = ()
+    """What was done to the student's weights before."""
 
 
 @dataclass(frozen=True)
@@ -72,15 +72,14 @@ def recover(
     calibration_NT: Tensor,
     settings: Recovery,
     *,
-    checkpoint: Path | None = None,
-    checkpoint_every: int = 50,
+    checkpoints: Checkpoints | None = None,
     on_step: Callable[[RecoveryStep], None] = lambda _: None,
 ) -> dict[str, Tensor]:
     """Trains `student`, the exported model, whose decoder layers are at `layers`; its new weights by parameter name.
 
     calibration_NT: steps × batch_size rows of token ids, used in their order. The student is used up. With
-    `checkpoint`, the state is saved there every `checkpoint_every` steps and when interrupted; a run that finds it goes
-    on from it to bit-identical weights. Raises InputError when the loss is not finite, or when PEFT is missing.
+    `checkpoints`, states are saved there, also when interrupted; a run that finds one goes on from it to bit-identical
+    weights. Raises InputError when the loss is not finite, or when PEFT is missing.
     """
     teacher.eval().requires_grad_(False)
     device = next(student.parameters()).device
@@ -91,8 +90,9 @@ def recover(
         adam = torch.optim.AdamW(list(weights.values()), lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0)
         about = f"{settings} seq_len={calibration_NT.shape[1]}"
         done = 0
-        if checkpoint is not None and checkpoint.exists():
-            done = _restore(checkpoint, weights, adam, about)
+        if checkpoints is not None and (found := checkpoints.latest(about)) is not None:
+            done = found.step
+            _restore(found.tensors, weights, adam)
         try:
             while done < settings.steps:
                 ids_BT = batches[done].to(device)
@@ -111,15 +111,16 @@ def recover(
                         "Lower --recover-lr or use --precision float32"
                     )
                 adam.param_groups[0]["lr"] = rate = settings.lr * _schedule(done, settings.steps)
-                adam.step()
+                with held_back():  # what an interrupt saves is the state of a whole step that was heard of
+                    adam.step()
+                    done += 1
+                    on_step(RecoveryStep(done, loss.item(), ce.item(), kl.item(), rate))
                 adam.zero_grad(set_to_none=True)
-                done += 1
-                on_step(RecoveryStep(done, loss.item(), ce.item(), kl.item(), rate))
-                if checkpoint is not None and done % checkpoint_every == 0:
-                    _save(checkpoint, weights, adam, done, about)
+                if checkpoints is not None and checkpoints.due(done, settings.steps):
+                    checkpoints.save(State(done, about, _state(weights, adam)))
         except KeyboardInterrupt:
-            if checkpoint is not None and _whole(adam, done):
-                _save(checkpoint, weights, adam, done, about)
+            if checkpoints is not None and done:
+                checkpoints.save(State(done, about, _state(weights, adam)))
             raise
         return finished()
 
@@ -172,31 +173,18 @@ def _trainable(
 # --- over an interruption --------------------------------------------------------------------------------------------
 
 
-def _whole(adam: torch.optim.AdamW, done: int) -> bool:
-    """Whether every parameter has had as many updates as there are steps done: an interrupt can fall into a step."""
-    return {int(state["step"]) for state in adam.state.values()} == {done}
-
-
-def _save(checkpoint: Path, weights: dict[str, nn.Parameter], adam: torch.optim.AdamW, done: int, about: str) -> None:
-    tensors = {"done": torch.tensor(done)}
+def _state(weights: dict[str, nn.Parameter], adam: torch.optim.AdamW) -> dict[str, Tensor]:
+    tensors = {}
     for name, parameter in weights.items():
         tensors[f"weight.{name}"] = parameter.detach()
         tensors |= {f"{key}.{name}": value for key, value in adam.state[parameter].items()}
-    with replacing(checkpoint) as temporary:
-        save_file(
-            {k: t.cpu().contiguous() for k, t in tensors.items()}, temporary, metadata={"secateur": json.dumps(about)}
-        )
+    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def _restore(checkpoint: Path, weights: dict[str, nn.Parameter], adam: torch.optim.AdamW, about: str) -> int:
-    with safe_open(checkpoint, framework="pt") as file:
-        if json.loads(file.metadata()["secateur"]) != about:
-            raise InputError(f"{checkpoint} belongs to other settings than these; delete it to start recovery over")
-    tensors = load_file(checkpoint)
+def _restore(tensors: dict[str, Tensor], weights: dict[str, nn.Parameter], adam: torch.optim.AdamW) -> None:
     state = {}
     for index, (name, parameter) in enumerate(weights.items()):
         parameter.data.copy_(tensors[f"weight.{name}"])
         keys = (key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in tensors)
         state[index] = {key: tensors[f"{key}.{name}"] for key in keys}
     adam.load_state_dict({"state": state, "param_groups": adam.state_dict()["param_groups"]})
-    return int(tensors["done"])

@@ -6,6 +6,7 @@ describe → learn (gates.safetensors) → plan (plan.json) → export (model/) 
 
 import itertools
 import json
+import os
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from typing import Any
 
 from secateur import __version__
 from secateur.config import Config, load_config, save_config
-from secateur.files import InputError
+from secateur.files import InputError, cannot_write, meant, sweep
 from secateur.latency import read_table, write_table
 
 NOT_YET_BEGUN = {"config.yaml", "timings.json", "latency.json"}
@@ -45,9 +46,9 @@ class Run:
         return self.folder / "metrics.jsonl"
 
     @property
-    def checkpoint(self) -> Path:
-        """State of an unfinished learning run; gone when it is done."""
-        return self.folder / "checkpoint.safetensors"
+    def checkpoints(self) -> Path:
+        """States of an unfinished learning run; gone when it is done."""
+        return self.folder / "checkpoints"
 
     @property
     def gates(self) -> Path:
@@ -81,8 +82,8 @@ class Run:
 
     @property
     def recovery(self) -> Path:
-        """State of an unfinished recovery; gone when it is done."""
-        return self.folder / "recovery.safetensors"
+        """States of an unfinished recovery; gone when it is done."""
+        return self.folder / "recovery"
 
     @property
     def recover_metrics(self) -> Path:
@@ -130,12 +131,13 @@ def new_run(config: Config) -> Run:
     if config.gates is not None and not config.gates.is_file():
         raise InputError(f"--gates {config.gates} is no file; give the gates.safetensors of a run")
     folder = config.out or _free_folder(config)
-    if folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - NOT_YET_BEGUN):
+    if folder.exists() and (not folder.is_dir() or {meant(path.name) for path in folder.iterdir()} - NOT_YET_BEGUN):
         what = "holds another run" if (folder / "config.yaml").is_file() else "is not empty"
         hint = f", or continue that run with `secateur prune --resume {folder}`" if what == "holds another run" else ""
         raise InputError(f"{folder} {what}; choose another --out{hint}")
     run = Run(folder, config)
     table = None if config.latency_table is None else read_table(config.latency_table)
+    sweep(folder)
     save_config(config, folder / "config.yaml")
     run.latency.unlink(missing_ok=True)  # of a run that failed before it began
     if table is not None:
@@ -144,10 +146,12 @@ def new_run(config: Config) -> Run:
 
 
 def open_run(folder: Path) -> Run:
-    """An existing run. Raises InputError if the folder is none."""
+    """An existing run, without what was half-written when it was killed. Raises InputError if the folder is none."""
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; give the --out folder of `secateur prune`")
-    return Run(folder, load_config(folder / "config.yaml").resolved())
+    run = Run(folder, load_config(folder / "config.yaml").resolved())
+    sweep(folder)
+    return run
 
 
 def open_one(folder: Path) -> Run:
@@ -160,25 +164,36 @@ def open_one(folder: Path) -> Run:
 
 
 @contextmanager
-def recorded(path: Path, goes_on: bool, hear: Callable[[Any], None]) -> Iterator[Callable[[Any], None]]:
+def recorded(path: Path, every: int, hear: Callable[[Any], None]) -> Iterator[Callable[[Any], None]]:
     """What takes in the steps of a training run, as dataclasses with a `step`: a line a step to `path`, then to `hear`.
 
-    Where the run `goes_on` after an interruption, the lines of the steps before it stay, and no others.
+    Lines of earlier steps, from before an interruption, stay, and no others. They are on the disk before there is a
+    checkpoint, `every` so many steps, that counts on them.
     """
-    lines = path.read_text(encoding="utf-8").splitlines() if goes_on and path.exists() else []
+    try:
+        metrics = path.open("ab", buffering=0)
+    except OSError as error:
+        raise cannot_write(path, error) from None
     fresh = True
-    with path.open("a", encoding="utf-8") as metrics:
 
-        def on_step(step: Any) -> None:
-            nonlocal fresh
+    def on_step(step: Any) -> None:
+        nonlocal fresh
+        line = json.dumps({k: v for k, v in asdict(step).items() if v is not None}) + "\n"
+        try:
             if fresh:  # not before: what another interruption leaves must still have its lines
-                metrics.truncate(0)
-                metrics.writelines(line + "\n" for line in lines[: step.step - 1])
+                lines = path.read_bytes().splitlines(keepends=True)
+                metrics.truncate(sum(map(len, lines[: step.step - 1])))
                 fresh = False
-            metrics.write(json.dumps({k: v for k, v in asdict(step).items() if v is not None}) + "\n")
-            metrics.flush()
-            hear(step)
+            rest = line.encode()
+            while rest:
+                rest = rest[metrics.write(rest) :]
+            if step.step % every == 0:
+                os.fsync(metrics.fileno())
+        except OSError as error:
+            raise cannot_write(path, error) from None
+        hear(step)
 
+    with metrics:
         yield on_step
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from secateur.attach import compensation
 from secateur.bos import leading_bos
+from secateur.checkpoints import Checkpoints
 from secateur.config import Config
 from secateur.data import SELF, Blocks, load_blocks
 from secateur.evaluate import mean_loss, windows
@@ -26,6 +27,7 @@ from secateur.recover import RecoveryStep
 from secateur.run import Run
 from secateur.selftext import self_written
 from secateur.text import evaluation_text, local_files
+from secateur.updates import updates_of
 
 if TYPE_CHECKING:
     from secateur.tasks import Tasks
@@ -218,6 +220,16 @@ class Session:
         table = read_table(self.run.latency)
         table.check_model(self.loaded.description, self.config.latency_table or self.run.latency)
         return table
+
+    def checkpoints(self, folder: Path) -> Checkpoints:
+        """States of a training of this run."""
+        return Checkpoints(folder, self.config.checkpoint_every, self.progress.warned)
+
+    def recovered_before(self) -> bool:
+        """Whether the states of recovery, gone then, are those of what the export has been updated with already."""
+        run, updates = self.run, updates_of(self.run.model)
+        steps, after = self.config.recover_steps or self.config.steps, tuple(updates[:-1])
+        return bool(updates) and self.checkpoints(run.recovery).left_over(steps, f"after={after})")
 
     def held_out_loss(
         self, gates: Mapping[str, torch.Tensor] | None, means: Mapping[str, torch.Tensor] | None = None

@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from secateur.config import Config
 from secateur.evaluate import compared
 from secateur.export import as_shipped, export
 from secateur.families import FAMILIES
-from secateur.files import InputError, read_json, write_json, write_text
+from secateur.files import InputError, read_json, scratch_folder, write_json, write_text
 from secateur.gates import Gates, load_gates, save_gates
 from secateur.learn import learn
 from secateur.load import read_export
@@ -55,7 +54,7 @@ def learn_stage(session: Session) -> Gates:
         gates = find_gates(session, limits)
     run.plan.unlink(missing_ok=True)  # a plan of earlier gates
     save_gates(run.gates, gates)
-    run.checkpoint.unlink(missing_ok=True)
+    session.checkpoints(run.checkpoints).discard()
     return gates
 
 
@@ -92,8 +91,7 @@ def export_stage(session: Session, shape: str | None = None, low_memory: bool = 
     if not low_memory:
         _export(session, shape)
         return
-    with TemporaryDirectory(prefix="offload-", dir=session.run.folder) as folder:
-        session.offload = Path(folder)
+    with scratch_folder(session.run.folder, "offload") as session.offload:
         _export(session, shape)
 
 
@@ -117,9 +115,8 @@ def _export(session: Session, shape: str | None) -> None:
             max_shard_size=c.max_shard_size,
             dtype=loaded.checkpoint_dtype,
             base_model=public_name(c.model),
+            outdated=(run.verify, run.eval, run.refit, run.recovery, *run.converted()),
         )
-    for stale in (run.verify, run.eval, run.refit, run.recovery, *run.converted()):
-        stale.unlink(missing_ok=True)
 
 
 def _is_stock(run: Run) -> bool:
@@ -230,8 +227,8 @@ def refit_stage(session: Session) -> list[Refit]:
             weights, result = refit(student, equations, blocks.held_out_NT)
             tensors |= weights
             done.append(result)
+        write_json(run.refit, [asdict(result) for result in done])  # first: the model says that it is there
         _update(session, dict(as_shipped(student, tensors.items())), "refit")
-        write_json(run.refit, [asdict(result) for result in done])
     return done
 
 
@@ -268,19 +265,21 @@ def recover_stage(session: Session) -> list[str]:
     if c.recover is None:
         raise InputError(f"what to train? Say `secateur recover {run.folder} --recover lora` or `full`")
     assert c.learning is not None
+    if session.recovered_before():
+        return updates_of(run.model)
     steps = c.recover_steps or c.steps
     settings = Recovery(
         c.recover, steps, c.batch_size, c.recover_lr or LR[c.recover], c.recover_rank, c.learning.kd_weight,
-        c.learning.kd_temperature, c.seed,
+        c.learning.kd_temperature, c.seed, tuple(updates_of(run.model)),
     )  # fmt: skip
     own = torch.float32 if c.recover == "full" else next(loaded.model.parameters()).dtype
     rows_NT = session.rows_in_turn(steps)
     student = load_export(session, own)
-    goes_on = run.recovery.exists()
+    checkpoints = session.checkpoints(run.recovery)
     with (
         session.timed("recover"),
         session.autocast(),
-        recorded(run.recover_metrics, goes_on, session.progress.recovered) as on_step,
+        recorded(run.recover_metrics, c.checkpoint_every, session.progress.recovered) as on_step,
     ):
         tensors = recover(
             student,
@@ -288,12 +287,11 @@ def recover_stage(session: Session) -> list[str]:
             loaded.description.layers,
             rows_NT,
             settings,
-            checkpoint=run.recovery,
-            checkpoint_every=c.checkpoint_every,
+            checkpoints=checkpoints,
             on_step=on_step,
         )
         _update(session, dict(as_shipped(student, tensors.items())), f"recover-{c.recover}")
-    run.recovery.unlink(missing_ok=True)
+    checkpoints.discard()
     return updates_of(run.model)
 
 
@@ -303,9 +301,7 @@ def _update(session: Session, tensors: Mapping[str, torch.Tensor], update: str) 
     updates = [*updates_of(run.model), update]
     about = _about(session, _is_stock(run))
     card = model_card(session.config, plan.shape, rounding, None, None, updates, *about)
-    rewrite_weights(run.model, tensors, update, {"README.md": card})
-    for stale in (run.eval, *run.converted()):
-        stale.unlink(missing_ok=True)
+    rewrite_weights(run.model, tensors, update, {"README.md": card}, outdated=(run.eval, *run.converted()))
 
 
 def eval_stage(session: Session) -> dict[str, Any]:
@@ -345,11 +341,11 @@ def eval_stage(session: Session) -> dict[str, Any]:
     if run.data.exists():
         results["overlap"] = overlap(run.data, ids_NT, tasks, loaded.tokenizer)
     results["seconds"] = read_json(run.timings, "secateur prune")
-    write_json(run.eval, results)
     verified = read_json(run.verify, f"secateur verify {run.folder}") if run.verify.exists() else None
     about = _about(session, _is_stock(run))
     card = model_card(c, plan.shape, rounding, results, verified, results["updates"], *about)
     write_text(run.model / "README.md", card)
+    write_json(run.eval, results)  # last: where it is, all is done
     return results
 
 
@@ -375,11 +371,15 @@ def remaining_stages(session: Session) -> dict[str, Any]:
         # What is wrong is better known before learning, and before the model writes itself a text.
         _known = session.tasks, budget_of(session), session.given, session.evaluation_windows, session.guards
         learn_stage(session)
+    session.checkpoints(run.checkpoints).left_over(run.config.steps)
+    session.recovered_before()  # whose states go then, too
     if not run.plan.exists():
         plan_stage(session)
-    if not run.model.is_dir():
+    verified = run.verify.exists() and read_json(run.verify, f"secateur verify {run.folder}")["passed"]
+    if not run.model.is_dir() or (updates_of(run.model) and not verified):
         export_stage(session)
-    if not (run.verify.exists() and read_json(run.verify, f"secateur verify {run.folder}")["passed"]):
+        verified = False
+    if not verified:
         verify_stage(session)
     if run.config.refit and "refit" not in updates_of(run.model):
         refit_stage(session)

@@ -79,7 +79,7 @@ def learn_sizes(session: Session) -> Gates:
             with each.timed("learn"), each.autocast():
                 gates = _learn(each, budget_of(each), part, gates, state["number"])
             found(each.run, gates, run)
-        each.run.checkpoint.unlink(missing_ok=True)
+        each.checkpoints(each.run.checkpoints).discard()
         first += steps
     write_json(run.sweep, state | {"done": True})
     assert gates is not None
@@ -101,8 +101,9 @@ def _begun(session: Session, sizes: list[Run]) -> dict[str, Any]:
         if state.get("number") == number and not state.get("done"):
             return state
     for size in sizes:
-        for stale in (size.gates, size.checkpoint, size.plan):
+        for stale in (size.gates, size.plan):
             stale.unlink(missing_ok=True)
+        session.checkpoints(size.checkpoints).discard()
     state = {"number": number, "done": False, **settings}
     write_json(run.sweep, state)
     return state

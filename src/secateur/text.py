@@ -10,6 +10,7 @@ import json
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -87,19 +88,30 @@ def file_type(path: Path) -> str:
 def _file_documents(path: Path, column: str, whole: bool) -> Iterator[str]:
     if file_type(path) not in READERS:
         raise InputError(f"{path}: unknown file type; files may end in {', '.join(READERS)} (or these with .gz, .zst)")
-    with _errors_of(path):
-        yield from READERS[file_type(path)](path, column, whole)
+    yield from READERS[file_type(path)](path, column, whole)
+
+
+@dataclass
+class _Place:
+    """How far a file was read without an error."""
+
+    unit: str
+    done: int = 0
+
+    def __str__(self) -> str:
+        return f" after {self.unit} {self.done:,}" if self.done else ""
 
 
 @contextmanager
-def _errors_of(path: Path) -> Iterator[None]:
-    """Turns what reading raises into one line that names the file."""
+def _errors_of(path: Path, unit: str = "line") -> Iterator[_Place]:
+    """Turns what reading raises into one line that names the file, and the place that its reader has come to."""
+    place = _Place(unit)
     try:
-        yield
+        yield place
     except UnicodeDecodeError:
-        raise InputError(f"{path} is not UTF-8 text; convert it, for instance with iconv") from None
+        raise InputError(f"{path} is not UTF-8 text{place}; convert it, for instance with iconv") from None
     except (OSError, pa.ArrowException) as error:
-        reason = f"{path} cannot be read ({_one_line(error)})"
+        reason = f"{path} cannot be read{place} ({_one_line(error)})"
         raise InputError(f"{reason}; check that it is complete and of the type its suffix says") from None
 
 
@@ -108,13 +120,14 @@ def _stream(path: Path) -> Any:
 
 
 def _text_documents(path: Path, column: str, whole: bool) -> Iterator[str]:
-    with io.TextIOWrapper(_stream(path), encoding="utf-8-sig") as file:
+    with _errors_of(path) as place, io.TextIOWrapper(_stream(path), encoding="utf-8-sig") as file:
         if whole:
             yield file.read()
             return
         piece = ""
         for line in iter(lambda: file.readline(2 * PIECE_CHARACTERS), ""):
             piece += line
+            place.done += line.endswith("\n")
             if len(piece) >= (2 if line.strip() else 1) * PIECE_CHARACTERS:
                 yield piece.strip("\n")
                 piece = ""
@@ -123,15 +136,16 @@ def _text_documents(path: Path, column: str, whole: bool) -> Iterator[str]:
 
 def json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Rows of a JSON Lines file, each with its place (file and line). Raises InputError for what is no JSON object."""
-    with _errors_of(path), io.TextIOWrapper(_stream(path), encoding="utf-8-sig") as file:
+    with _errors_of(path) as place, io.BufferedReader(_stream(path)) as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                row = None
+                text, row = line.decode("utf-8-sig" if number == 1 else "utf-8"), None
                 with suppress(ValueError):
-                    row = json.loads(line)
+                    row = json.loads(text)
                 if not isinstance(row, dict):
                     raise InputError(f"{path}, line {number} is not a JSON object; a JSON Lines file has one a line")
                 yield f"{path}, line {number}", row
+            place.done = number
 
 
 def _jsonl_documents(path: Path, column: str, whole: bool) -> Iterator[str]:
@@ -140,12 +154,15 @@ def _jsonl_documents(path: Path, column: str, whole: bool) -> Iterator[str]:
 
 
 def _parquet_documents(path: Path, column: str, whole: bool) -> Iterator[str]:
-    with _stream(path) as stream:
-        file = pq.ParquetFile(pa.BufferReader(stream.read()) if path.suffix.lower() in COMPRESSION else stream)
+    with _errors_of(path, "row") as place, _stream(path) as stream:
+        source = pa.BufferReader(stream.read()) if path.suffix.lower() in COMPRESSION else stream
+        file = pq.ParquetFile(source, page_checksum_verification=True)  # of pages that have a checksum
         _text_of(dict.fromkeys(file.schema_arrow.names), column, str(path))
-        for batch in file.iter_batches(batch_size=256, columns=[column]):
-            for row in batch.to_pylist():
-                yield _text_of(row, column, str(path))
+        for group in range(file.num_row_groups):  # by themselves, so that the groups before a damaged one are read
+            for batch in file.iter_batches(batch_size=256, row_groups=[group], columns=[column]):
+                for row in batch.to_pylist():
+                    yield _text_of(row, column, str(path))
+                    place.done += 1
 
 
 READERS: dict[str, Callable[[Path, str, bool], Iterator[str]]] = {

@@ -6,7 +6,7 @@ lists what was done (`"secateur": {"updates": ["refit", "recover-lora"]}`): the 
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from safetensors import safe_open
@@ -28,16 +28,21 @@ def updates_of(folder: Path) -> list[str]:
 
 
 def rewrite_weights(
-    folder: Path, tensors: Mapping[str, Tensor], update: str, texts: Mapping[str, str] | None = None
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    update: str,
+    texts: Mapping[str, str] | None = None,
+    outdated: Iterable[Path] = (),
 ) -> None:
     """Replaces tensors of the checkpoint in `folder` by name and adds `update` to its list of updates.
 
     Each tensor is cast to the dtype of the one it replaces; all others are copied bit for bit. `texts` are files to
-    write beside them, such as README.md. The folder changes as a whole or not at all. Memory: one shard.
+    write beside them, such as README.md, `outdated` those that speak of the earlier weights. The folder changes as a
+    whole or not at all. Memory: one shard.
     """
     shards = sorted(folder.glob("*.safetensors"))
     missing = set(tensors)
-    with replacing(folder) as temporary:
+    with replacing(folder, outdated) as temporary:
         shutil.copytree(folder, temporary, ignore=shutil.ignore_patterns("*.safetensors"))
         for shard in shards:
             with safe_open(shard, framework="pt") as file:

@@ -5,12 +5,12 @@ ends of text, and keep back the probabilities of tokens that end within a charac
 """
 
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import xllamacpp
 
+from secateur.files import scratch_folder
 from secateur.gguf_file import write_gguf
 from secateur.runtimes import Continuation
 from secateur.workers.llamacpp import complete, start
@@ -26,8 +26,8 @@ def greedy(model: Path, prompts: list[list[int]], new_tokens: int) -> list[Conti
 
     Writes a float32 GGUF file beside it, gone at the end. Raises InputError where llama.cpp has no place for the model.
     """
-    with TemporaryDirectory(prefix="gguf-", dir=model.parent) as folder:
-        path = Path(folder) / "model.gguf"
+    with scratch_folder(model.parent, "gguf") as folder:
+        path = folder / "model.gguf"
         write_gguf(model, path, "f32", tokenizer=False)
         server = serve(path, max(map(len, prompts)) + new_tokens)
         written = [_greedy(server, prompt, new_tokens) for prompt in prompts]
