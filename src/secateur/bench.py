@@ -7,7 +7,7 @@ the processes that hold the models in workers/.
 import contextlib
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,14 @@ from transformers import PreTrainedConfig
 from secateur.bench_report import draw
 from secateur.bench_report import show as show
 from secateur.files import InputError, scratch_folder, write_json
-from secateur.gates import architecture_fingerprint, load_gates
+from secateur.gates import architecture_fingerprint
 from secateur.ideal import Cost, Ideal, cost_of, eaten, ideals, odd_widths
 from secateur.latency import against_measured, read_table
 from secateur.load import describe_pretrained
 from secateur.measure import Measured, Settings, Timing, measure, processor
-from secateur.plan import load_plan
 from secateur.run import Run
 from secateur.slicing import pruned_shapes
-from secateur.stages import checked_export
+from secateur.stages import checked_export, planned
 from secateur.workers.parent import Worker
 
 BENCH_FORMAT = 1
@@ -64,17 +63,14 @@ def prediction_of(run: Run) -> Callable[[Mapping[str, Any]], dict[str, Any]] | N
         return None
     c, table = run.config, read_table(run.latency)
     dense, _ = describe_pretrained(c.model, c.trust_remote_code, c.attention_unit)
-    description = dense.only(c.units).keeping(c.keep) if c.keep else dense.only(c.units)
+    description = dense.only(c.units).keeping(c.keep)
     table.check_model(description, run.latency)
     groups = description.groups
-    architecture = architecture_fingerprint(groups, description.shapes)
-    plan, _ = load_plan(run.plan, groups, architecture)
-    plan = replace(plan, means=load_gates(run.gates, groups, architecture).means)
+    plan, _ = planned(run, groups, architecture_fingerprint(groups, description.shapes))
     exported, _ = describe_pretrained(str(checked_export(run)), True)
     if exported.shapes != pruned_shapes(description, plan):
         raise InputError(f"{run.model} was exported from another plan; run `secateur export {run.folder}` first")
-    sizes = plan.sizes(groups)
-    return partial(against_measured, table, description, [sizes[g.name].units for g in groups])
+    return partial(against_measured, table, description, plan.stored(groups))
 
 
 def bench(

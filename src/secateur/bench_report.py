@@ -1,6 +1,6 @@
 """What `secateur bench` says: a table of measured and ideal speed-ups, a line on what eats the difference, a plot."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.table import Table
 
 from secateur.card import human
-from secateur.files import replacing
 from secateur.latency import lines as predictions
 from secateur.measure import UNITS
+from secateur.plots import draw_to
 
 NEGLIGIBLE = 0.005
 """Shares of the dense time below it are not named."""
@@ -96,15 +96,12 @@ def _eaten(row: Mapping[str, Any]) -> str:
 
 def draw(results: Mapping[str, Any], path: Path) -> str:
     """Draws measured beside ideal speed-ups, a pair of bars a metric and batch size; says what it did."""
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        return f"no {path.name}: matplotlib is not installed; run: pip install 'secateur[bench]'"
-    matplotlib.use("Agg")
-    from matplotlib.figure import Figure
+    return draw_to(path, lambda new_figure: _bars(results, new_figure))
 
+
+def _bars(results: Mapping[str, Any], new_figure: Callable[..., Any]) -> Any:
     rows = results["timings"]
-    figure = Figure(figsize=(max(5.0, 1.1 * len(rows) + 1.5), 4.0))
+    figure = new_figure(figsize=(max(5.0, 1.1 * len(rows) + 1.5), 4.0))
     axes = figure.subplots()
     places = range(len(rows))
     measured = [row["speedup"] for row in rows]
@@ -123,8 +120,4 @@ def draw(results: Mapping[str, Any], path: Path) -> str:
     size = f"{human(results['dense']['parameters'])} → {human(results['pruned']['parameters'])} parameters"
     axes.set_title(f"{results['runtime']}, {results['dtype']}, {size}", fontsize=10)
     axes.legend(loc="upper right", fontsize=9, ncols=2, frameon=False)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120, bbox_inches="tight", metadata={"Software": None})
-    return f"wrote {path}"
+    return figure

@@ -107,7 +107,7 @@ def measure_table(
             hear("checking the table on a model of random widths")
             ratios = timed.against_dense(plan)
     table = _table(asked, description, str(policy), alike, timed, stand)
-    stored = stored_by(plan, description.groups)
+    stored = plan.stored(description.groups)
     for (kind, batch), ratio in ratios.items():
         predicted = table.predicted(description, stored, kind, batch)
         measured = ratio * table.times[kind][batch].whole
@@ -171,12 +171,6 @@ def _random_widths(description: Description, shape: str) -> dict[str, int]:
     return widths
 
 
-def stored_by(plan: Plan, groups: Sequence[Group]) -> list[int]:
-    """Units of each group that a plan stores."""
-    sizes = plan.sizes(groups)
-    return [sizes[g.name].units for g in groups]
-
-
 # --- timing ----------------------------------------------------------------------------------------------------------
 
 
@@ -213,7 +207,7 @@ class Timed:
 def _time(one: Alike, widths: Mapping[str, int], timed: Timed, description: Description, shape: str) -> None:
     """Notes what the narrowed groups save, each."""
     plan = narrowed(description, widths, shape)
-    stored = dict(zip((g.name for g in description.groups), stored_by(plan, description.groups), strict=True))
+    stored = dict(zip((g.name for g in description.groups), plan.stored(description.groups), strict=True))
     group = next(g for g in one.groups if g.name in widths)
     width = widths[group.name]
     timed.stand.hear(f"timing {group.kind.replace('_', ' ')}: {width} of {group.width}")

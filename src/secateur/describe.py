@@ -111,6 +111,8 @@ class Description:
     def keeping(self, words: Collection[str]) -> "Description":
         """The same model with some layers or sublayers left whole (`--keep`): `layers.0`, `layers.-1.mlp`. Raises
         InputError for layers that there are not, and when nothing is left to prune."""
+        if not words:
+            return self
         count = self.layer_count
         kept: set[str] = set()
         for word in words:

@@ -11,7 +11,7 @@ their newline, blank ones are "", `"\n\n".join(rows)` is the text, L = 2048, all
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -54,17 +54,22 @@ def mean_loss(
     biases: Mapping[str, torch.Tensor] | None = None,
 ) -> float:
     """Mean loss in nats a predicted token over rows of token ids, with gates (and writers' biases) where given."""
-    device = next(model.parameters()).device
     rows = max(1, TOKENS_AT_ONCE // ids_NT.shape[1])
-    vocabulary = Vocabulary(model)
-    head, total = vocabulary.head, 0.0
+    vocabulary, total = Vocabulary(model), 0.0
     with attached(model, groups, gates, biases) if gates is not None else nullcontext():
         for ids_BT in ids_NT.split(rows):
-            ids_BT = ids_BT.to(device)
-            hidden_RD, labels_R = vocabulary.hidden(ids_BT)[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten()
-            for part in head.chunks(len(labels_R), device):
-                total += F.cross_entropy(head.logits(hidden_RD[part]).float(), labels_R[part], reduction="sum").item()
+            for loss in _summed_losses(vocabulary, ids_BT):
+                total += loss
     return total / (ids_NT.shape[0] * (ids_NT.shape[1] - 1))
+
+
+def _summed_losses(vocabulary: Vocabulary, ids_BT: torch.Tensor) -> Iterator[float]:
+    """Losses of one forward pass, nats, summed over each chunk of its predicted tokens."""
+    head, device = vocabulary.head, next(vocabulary.model.parameters()).device
+    ids_BT = ids_BT.to(device)
+    hidden_RD, labels_R = vocabulary.hidden(ids_BT)[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten()
+    for part in head.chunks(len(labels_R), device):
+        yield F.cross_entropy(head.logits(hidden_RD[part]).float(), labels_R[part], reduction="sum").item()
 
 
 def windows(tokens_T: torch.Tensor, count: int, length: int, name: str, bos: int | None = None) -> torch.Tensor:
@@ -86,9 +91,11 @@ def perplexity(model: PreTrainedModel, ids_NT: torch.Tensor) -> Perplexity:
     return perplexity_of(window_losses(model, ids_NT), ids_NT.shape[1])
 
 
+@torch.no_grad()
 def window_losses(model: PreTrainedModel, ids_NT: torch.Tensor) -> list[float]:
     """Loss of each window, nats a predicted token."""
-    return [mean_loss(model, ids_NT[i : i + 1]) for i in range(len(ids_NT))]
+    vocabulary = Vocabulary(model)
+    return [sum(_summed_losses(vocabulary, ids_1T)) / (ids_NT.shape[1] - 1) for ids_1T in ids_NT.split(1)]
 
 
 def perplexity_of(losses: Sequence[float], length: int) -> Perplexity:

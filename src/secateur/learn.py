@@ -159,6 +159,7 @@ def learn(
         optimiser.sensitivity_N = sensitivity_N.to(device)
         optimiser.start_from(*_weighed(optimiser.sensitivity_N, groups, recipe))
     batches = calibration_NT.split(batch_size)[:steps]
+    guard_batches = [text.calibration_NT.split(batch_size) for text in guarded.values()]
     assert len(batches) == steps, f"{steps} steps need {steps} batches, got {len(batches)}"
 
     looked_at = [text.held_out_NT[: max(1, steps * batch_size // LOOKED_AT)] for text in guarded.values()]
@@ -179,9 +180,8 @@ def learn(
                 fixing = _fix(optimiser, model, groups, held_out_NT)
             found = passes.over(batches[optimiser.done], optimiser.z_N, optimiser.train_gates)
             grad_N, rises = found.grad_N, []
-            for weight, text in zip(multipliers.weights, guarded.values(), strict=True):
-                ids_BT = text.calibration_NT.split(batch_size)[optimiser.done]
-                of_guard = passes.over(ids_BT, optimiser.z_N, optimiser.train_gates)
+            for weight, own in zip(multipliers.weights, guard_batches, strict=True):
+                of_guard = passes.over(own[optimiser.done], optimiser.z_N, optimiser.train_gates)
                 grad_N = grad_N + weight * of_guard.grad_N
                 rises.append(of_guard.ce - of_guard.dense_ce())
             if not (math.isfinite(found.loss) and torch.isfinite(grad_N).all()):

@@ -63,7 +63,7 @@ def load(
     description, config = describe_pretrained(name, trust_remote_code, attention_unit)  # before any weight is read
     description = description if units is None else description.only(units)
     description.check_attention(attention_unit)
-    description = description.keeping(keep) if keep else description
+    description = description.keeping(keep)
     target = pick_device(device)
     own_dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     wanted = own_dtype if target.type != "cpu" or offload else torch.float32

@@ -4,7 +4,7 @@ What a size costs is its loss on the run's held-out text, what it saves is count
 `secateur bench` was run on it. A size is on the front where none has as low a loss with as few parameters.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import exp
 from pathlib import Path
@@ -16,10 +16,11 @@ from rich.table import Table
 
 from secateur.budget import figures
 from secateur.card import human
-from secateur.files import InputError, read_json, replacing, write_json
+from secateur.files import InputError, read_json, write_json
 from secateur.gates import load_gates
 from secateur.plan import Plan, load_plan
 from secateur.planning import cost_of
+from secateur.plots import draw_to
 from secateur.run import Run
 from secateur.session import Session
 from secateur.sizes import session_on, sizes_of
@@ -176,17 +177,13 @@ def table(results: Mapping[str, Any]) -> Table:
 
 def draw(results: Mapping[str, Any], path: Path) -> str:
     """Draws perplexity over size, FLOPs and, where it is known, time; says what it did."""
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        return f"no {path.name}: matplotlib is not installed; run: pip install 'secateur[bench]'"
-    matplotlib.use("Agg")
-    from matplotlib.figure import Figure
+    return draw_to(path, lambda new_figure: _panels(results["sizes"], new_figure))
 
-    sizes = results["sizes"]
+
+def _panels(sizes: Sequence[Mapping[str, Any]], new_figure: Callable[..., Any]) -> Any:
     kinds = {"total-params": "parameters", "flops": "FLOPs a token", "time": "time a token"}
     shown = [kind for kind in kinds if any(kind in size["shares"] for size in sizes)]
-    figure = Figure(figsize=(4.2 * len(shown), 3.6))
+    figure = new_figure(figsize=(4.2 * len(shown), 3.6))
     for panel, kind in zip(figure.subplots(1, len(shown), squeeze=False, sharey=True)[0], shown, strict=True):
         points = sorted(((s["shares"][kind], s["shares"]["perplexity"], s) for s in sizes if kind in s["shares"]),
                         key=lambda point: point[0])  # fmt: skip
@@ -197,9 +194,5 @@ def draw(results: Mapping[str, Any], path: Path) -> str:
             panel.annotate(size["name"], (x, y), textcoords="offset points", xytext=(5, 5), fontsize=8)
         panel.set_xlabel(f"{kinds[kind]}, of the unpruned model's")
         panel.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-        for side in ("top", "right"):
-            panel.spines[side].set_visible(False)
     figure.axes[0].set_ylabel("perplexity on held-out text, × unpruned")
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120, bbox_inches="tight", metadata={"Software": None})
-    return f"wrote {path}"
+    return figure

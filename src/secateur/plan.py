@@ -70,6 +70,11 @@ class Plan:
                 sizes[g.name] = Size(len(kept))
         return sizes
 
+    def stored(self, groups: Sequence[Group]) -> list[int]:
+        """Units of each group that are stored."""
+        sizes = self.sizes(groups)
+        return [sizes[g.name].units for g in groups]
+
     def check_heads(self, groups: Sequence[Group]) -> None:
         """Raises InputError where KV heads have different numbers of query heads, or some that are not there."""
         for g in (g for g in groups if g.kv_heads):

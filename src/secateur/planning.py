@@ -51,10 +51,9 @@ def plan_for(session: Session, shape: str, held_out_loss: HeldOutLoss | None = N
 
 def held(session: Session, plan: Plan) -> Iterator[dict[str, Any]]:
     """Of each budget what it allows, and what the unpruned model and that of a plan have."""
-    groups = session.loaded.description.groups
-    sizes = plan.sizes(groups)
+    stored = plan.stored(session.loaded.description.groups)
     for b in asked_of(session):
-        found = b.cost([sizes[g.name].units for g in groups])
+        found = b.cost(stored)
         assert found <= b.allowed, f"the plan has {found} of {b.name}, which {b.allowed} bounds"
         dense, planned = (round(cost / b.scale) for cost in (b.dense, found))
         by = {"predicted_for": session.latency.conditions(b.wanted)} if b.wanted.kind in TIMES else {}

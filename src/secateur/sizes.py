@@ -91,7 +91,8 @@ def found(size: Run, gates: Gates, run: Run) -> None:
     """Makes the folder of a size: settings, gates, tokens, the table of times."""
     save_config(size.config, size.folder / "config.yaml")
     save_gates(size.gates, gates)
-    for shared in (path for path in (run.data, run.latency) if path.exists()):
+    tokens = [run.data, *(run.guard(number) for number in range(len(run.config.guard)))]
+    for shared in (path for path in (*tokens, run.latency) if path.exists()):
         with replacing(size.folder / shared.name) as temporary:
             try:
                 os.link(shared, temporary)

@@ -76,10 +76,14 @@ def plan_beside_ragged(session: Session, shape: str | None = None) -> tuple[Roun
     return rounding, against_ragged(session, plan, rounding, held_out_loss)
 
 
+def planned(run: Run, groups: Sequence[Group], architecture: str) -> tuple[Plan, Rounding]:
+    """The plan of a run, with what removed units give way to."""
+    plan, rounding = load_plan(run.plan, groups, architecture)
+    return replace(plan, means=load_gates(run.gates, groups, architecture).means), rounding
+
+
 def _planned(session: Session) -> tuple[Plan, Rounding]:
-    groups, architecture = session.loaded.description.groups, session.architecture
-    plan, rounding = load_plan(session.run.plan, groups, architecture)
-    return replace(plan, means=load_gates(session.run.gates, groups, architecture).means), rounding
+    return planned(session.run, session.loaded.description.groups, session.architecture)
 
 
 def export_stage(session: Session, shape: str | None = None, low_memory: bool = False) -> None:
