@@ -1,4 +1,4 @@
-"""Options of the commands that make models: their help texts are the docstrings of the fields, as in cli.py.
+"""Options of the commands: their help texts are the docstrings of the fields.
 
 `prune` reads its own alone, or over a file of settings, or over those of a run that goes on.
 """
@@ -28,6 +28,18 @@ class Prune(Config):
 
     def __post_init__(self) -> None:
         """Leaves it to `prune` to make a Config of these: there its errors are one line, not a box of the parser's."""
+
+
+@dataclass
+class Inspect:
+    """List what can be pruned in a model, and what is refused and why. Reads no weights, but for `--data`."""
+
+    model: tyro.conf.Positional[str]
+    """Local folder, hub id, or GGUF file."""
+    data: str | None = None
+    """Text, as for `prune`: count which experts of a mixture its tokens are sent to."""
+    trust_remote_code: bool = False
+    """Run modelling code that comes with the checkpoint."""
 
 
 @dataclass
@@ -95,6 +107,87 @@ class Sizes:
 
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
+
+
+@dataclass
+class Verify:
+    """Compare the logits of the gated and the exported model on held-out text: verify.json."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    runtime: Literal["transformers", "llamacpp", "vllm"] = "transformers"
+    """Others: compare greedy text of the export there and in transformers instead: verify-RUNTIME.json."""
+    prompts: int = 8
+    """Held-out rows whose first 32 tokens another runtime goes on from."""
+    new_tokens: int = 32
+    """Tokens that it writes."""
+
+
+@dataclass
+class Refit:
+    """Solve the output projections of the export anew for the dense model's outputs: RUN/model, refit.json."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    refit_rounds: int | None = None
+    """Rounds, with gate values learned again in between (default: the run's)."""
+    refit_tokens: int | None = None
+    """Calibration tokens that a round is solved on (default: the run's, else an eighth of them)."""
+
+
+@dataclass
+class Recover:
+    """Train the weights of the export with the dense model as teacher: RUN/model, recover.jsonl.
+
+    Example: secateur recover RUN --recover lora --recover-steps 200
+    """
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    recover: Literal["lora", "full"] | None = None
+    """Low-rank updates, merged, or all weights of the layers (default: the run's)."""
+    recover_steps: int | None = None
+    """Steps, on the run's calibration tokens (default: the run's, else as many as gates were learned in)."""
+    recover_lr: float | None = None
+    """Peak step size (default: the run's, else 3e-3 for `lora`, 3e-4 for `full`)."""
+    recover_rank: int | None = None
+    """Rank of the updates that `lora` learns (default: the run's)."""
+
+
+@dataclass
+class Eval:
+    """Measure perplexity, sizes and zero-shot tasks, dense against pruned: eval.json.
+
+    Example: secateur eval RUN --tasks arc_easy piqa my_items.jsonl --task-limit 500
+    """
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    eval_data: str | None = None
+    """Text for the perplexities (default: the run's)."""
+    eval_join: Literal["raw", "lines"] | None = None
+    """`raw`: text files as they are; `lines`: the papers' WikiText-2 protocol (default: the run's)."""
+    eval_windows: int | None = None
+    """Windows of evaluation text, 0 for all of it (default: the run's)."""
+    eval_length: int | None = None
+    """Tokens a window (default: the run's)."""
+    tasks: tuple[str, ...] = ()
+    """Zero-shot tasks: names of lm-eval's tasks, or files of items (.jsonl; .gz, .zst) (default: the run's)."""
+    task_limit: int | None = None
+    """Items a task, a random sample by the run's seed (default: the run's, else all)."""
+
+
+@dataclass
+class Report:
+    """Write a page to look at, of one run or of several side by side: RUN/report.html.
+
+    Example: secateur report runs/a runs/b --out both.html
+    """
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of runs, finished or not."""
+    out: Path | None = None
+    """File to write (default: RUN/report.html; of several runs ./report.html)."""
 
 
 def parse(name: str, kind: type, arguments: Sequence[str]) -> Any:
