@@ -56,7 +56,7 @@ def prune(options: Prune) -> None:
     else:
         config = Config(**{f.name: getattr(options, f.name) for f in fields(Config)})
         ranks.check(config)
-        run = new_run(config)
+        run = new_run(replace(config, micro_batch_size=config.rows_a_pass(ranks.here().count)))
     ranks.call(run.config, learns=not run.gates.exists())
     results = _staged(run, "remaining_stages")
     if run.config.sweep is None:
@@ -255,6 +255,9 @@ def _staged(run: "Run", stage: str | Callable[..., Any], **options: Any) -> Any:
     from secateur.session import Session
 
     console.print(f"run folder: {run.folder}", markup=False, soft_wrap=True)
+    if (count := here().count) > 1:
+        c = run.config
+        console.print(f"{count} ranks learn, {c.rows_a_pass(count)} of {c.batch_size} sequences at once on each")
     try:
         with Screen(console, run.config) as screen:
             function = getattr(stages, stage) if isinstance(stage, str) else stage

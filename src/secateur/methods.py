@@ -167,6 +167,11 @@ def learned_gates(session: Session, limits: Budget, about: dict[str, Any], part:
         session.progress.step(replace(step, step=part.first + step.step))
 
     model, ranks = loaded.model, here()
+    if ranks.count > 1 and c.micro_batch_size is None and run.checkpoints.exists():
+        session.progress.warned(
+            f"this run was begun on one rank with all {c.batch_size} sequences at once; in smaller parts sums are "
+            "rounded otherwise, and the gates will differ a little from those of one rank"
+        )
     if c.shard and ranks.count > 1:
         model = sharded(ranks, c, pick_device(c.device), (model, loaded.description.layers))
     told: dict[str, Any] = ranks.handed({

@@ -55,8 +55,9 @@ class RankLost(KeyboardInterrupt):
 class Ranks:
     """This process among those that learn together; alone unless there are several."""
 
-    def __init__(self, rank: int = 0, count: int = 1, watch: "_Watch | None" = None) -> None:
+    def __init__(self, rank: int = 0, count: int = 1, watch: "_Watch | None" = None, store: Any = None) -> None:
         self.rank, self.count, self._watch = rank, count, watch
+        self._store = store  # which may live in this process, and others may look into it to the end
 
     @property
     def first(self) -> bool:
@@ -157,7 +158,7 @@ def join() -> Ranks:
             f"rank {rank} of {count} cannot meet the others at {place[0]}:{place[1]} ({reason}); start all of them "
             "with torchrun or accelerate launch"
         ) from None
-    _here = Ranks(rank, count, watch)
+    _here = Ranks(rank, count, watch, meeting)
     return _here
 
 
@@ -301,7 +302,7 @@ class _Watch:
                     if word is None and missed[rank] * BEAT >= self.patience:
                         word = f"has not been heard of for {self.patience:g} seconds"
                     if word not in (None, DONE):
-                        return self._alarm(self._line(rank, str(word)))
+                        return self._alarm(None if word == INTERRUPTED else self._line(rank, str(word)))
                 failed = 0
             except RuntimeError:
                 failed += 1
@@ -309,13 +310,16 @@ class _Watch:
                     return self._alarm(GONE)
         return None
 
-    def _alarm(self, reason: str) -> None:
+    def _alarm(self, reason: str | None) -> None:
         """Interrupts the main thread; ends the process where that waits for a rank that is gone and cannot hear it."""
-        self.reason = reason
+        self.reason = reason  # None: another one was interrupted, maybe because a third one is gone
         if interrupts.interrupt_main(GRACE) or self.ended.is_set():
             return
         if self.rank == 0:
-            print(f"secateur: {reason}; what is learned is saved up to the last checkpoint", file=sys.stderr)
+            print(
+                f"secateur: {self.lost() or INTERRUPTED}; what is learned is saved up to the last checkpoint",
+                file=sys.stderr,
+            )
         self.end(INTERRUPTED)
         os._exit(130)
 
