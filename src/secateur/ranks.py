@@ -98,7 +98,8 @@ class Ranks:
             return
         self._watch.end(word)
         if not self.first and word != INTERRUPTED:
-            self._watch.wait_for_first()  # who may need what was sent last, and has to say what went wrong
+            # Rank 0 may need what was sent last, or has to say what went wrong before a launcher ends it.
+            self._watch.wait_for_first(GRACE if word == DONE else SILENT)
         with suppress(RuntimeError):
             dist.destroy_process_group()
         self._watch, self.rank, self.count = None, 0, 1
@@ -263,9 +264,9 @@ class _Watch:
         with suppress(RuntimeError):
             self.store.set(f"word/{self.rank}", word)
 
-    def wait_for_first(self) -> None:
-        """Waits, not long, until rank 0 has left."""
-        until = time.monotonic() + GRACE
+    def wait_for_first(self, seconds: float) -> None:
+        """Waits until rank 0 has left, no longer than that."""
+        until = time.monotonic() + seconds
         with suppress(RuntimeError):
             while time.monotonic() < until and self.word(0) is None:
                 time.sleep(0.1)
