@@ -363,8 +363,8 @@ def test_torchrun_starts_it(base, alone, tmp_path):
 
 STUBS = {
     "srun": 'shift; exec "$@"',  # without its own option
-    "torchrun": 'echo "$@" > "$SAID/torchrun"; exit $CODE',
-    "scontrol": '[ "$1" = show ] && echo node-1 || echo "$@" > "$SAID/scontrol"',
+    "torchrun": 'echo "$@" > "$SAID/torchrun.said"; exit $CODE',
+    "scontrol": '[ "$1" = show ] && echo node-1 || echo "$@" > "$SAID/scontrol.said"',
 }
 
 
@@ -380,7 +380,7 @@ def test_the_slurm_example_starts_a_run_goes_on_with_one_and_queues_again_what_w
         command = ["bash", str(ROOT / "examples/slurm.sh"), "model", "texts/", str(run)]
         ended = subprocess.run(command, env=environment(CODE=str(code), **settings), capture_output=True, text=True)
         assert ended.returncode == code, ended.stderr
-        launcher, _, words = (tmp_path / "torchrun").read_text().strip().partition(" -m secateur ")
+        launcher, _, words = (tmp_path / "torchrun.said").read_text().strip().partition(" -m secateur ")
         assert "--nnodes 2 --nproc-per-node 8" in launcher and "--rdzv-endpoint node-1:29500" in launcher
         return words.split()
 
@@ -389,8 +389,8 @@ def test_the_slurm_example_starts_a_run_goes_on_with_one_and_queues_again_what_w
     assert (options.model, options.data, options.out, options.sparsity) == ("model", "texts/", run, 0.2)
     assert options.batch_size % (16 * options.micro_batch_size) == 0
     submitted(2)  # which queueing again would not put right
-    assert not (tmp_path / "scontrol").exists()
+    assert not (tmp_path / "scontrol.said").exists()
     (run / "checkpoints").mkdir(parents=True)
     (run / "config.yaml").touch()
     assert submitted(1) == ["prune", "--resume", str(run)]
-    assert (tmp_path / "scontrol").read_text() == "requeue 7\n"
+    assert (tmp_path / "scontrol.said").read_text() == "requeue 7\n"
