@@ -3,12 +3,14 @@
 Serves `secateur learn RUN`.
 """
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from secateur import __version__
 from secateur.budget import Budget, largest_that_fits, make_budget, ranked
@@ -28,6 +30,7 @@ from secateur.recipes import Recipe, tie_of
 from secateur.run import recorded, versions
 from secateur.session import Session
 from secateur.sharding import sharded
+from secateur.speed import lowered, memory_kept
 from secateur.wanted import TIMES, read_budgets
 
 
@@ -172,7 +175,7 @@ def learned_gates(session: Session, limits: Budget, about: dict[str, Any], part:
             f"this run was begun on one rank with all {c.batch_size} sequences at once; in smaller parts sums are "
             "rounded otherwise, and the gates will differ a little from those of one rank"
         )
-    if c.shard and ranks.count > 1:
+    if spread := c.shard and ranks.count > 1:
         model = sharded(ranks, c, pick_device(c.device), (model, loaded.description.layers))
     told: dict[str, Any] = ranks.handed({
         "groups": groups,
@@ -190,7 +193,8 @@ def learned_gates(session: Session, limits: Budget, about: dict[str, Any], part:
         "start": part.start,
         "micro_batch_size": c.rows_a_pass(ranks.count),
     })  # fmt: skip
-    with recorded(run.metrics, c.checkpoint_every, hear) as on_step:
+    loaded.model.requires_grad_(False)
+    with _fast(model, spread), recorded(run.metrics, c.checkpoint_every, hear) as on_step:
         try:
             learned = learn(
                 model,
@@ -219,8 +223,15 @@ def learn_along(ranks: Ranks) -> None:
     device = pick_device(c.device)
     model = sharded(ranks, c, device) if c.shard else load(c.model, c.device, c.dtype, c.trust_remote_code).model
     told: dict[str, Any] = ranks.handed()
-    with autocast(device, c.precision), suppress(LearningDiverged):  # which rank 0 says
+    with autocast(device, c.precision), _fast(model, c.shard), suppress(LearningDiverged):  # which rank 0 says
         learn(model, ranks=ranks, **told)
+
+
+@contextmanager
+def _fast(model: PreTrainedModel, spread: bool) -> Iterator[None]:
+    """Within the context passes are faster; weights that are spread stay as they are dealt out."""
+    with memory_kept(), nullcontext() if spread else lowered(model):
+        yield
 
 
 def _gates(z_N: torch.Tensor, value_N: torch.Tensor, groups: Any, about: dict[str, Any]) -> Gates:

@@ -149,7 +149,10 @@ def join() -> Ranks:
     patience, attempt = _patience(), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     try:
         meeting, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=max(patience, PATIENCE))))
-        store = dist.TCPStore(*place, is_master=False, wait_for_workers=False)  # its own: one that waits lets none by
+        limit = timedelta(seconds=patience)
+        store = dist.TCPStore(
+            *place, is_master=False, timeout=limit, wait_for_workers=False
+        )  # one that waits is locked
         watch = _Watch(dist.PrefixStore(f"secateur/{attempt}", store), rank, count, patience)
         # How long is waited in all that follows is up to the beats: rank 0 may be busy for hours before it learns.
         dist.init_process_group(backend, store=meeting, rank=rank, world_size=count, timeout=timedelta(days=7))
