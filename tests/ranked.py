@@ -14,7 +14,7 @@ from typing import Any
 
 from runs import secateur
 
-LONGEST = 120
+LONGEST = 300
 """Seconds after which processes are taken to hang."""
 
 
