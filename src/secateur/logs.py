@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from secateur.config import Log
-from secateur.files import InputError, read_json, write_json, write_text
+from secateur.files import InputError, read_json, write_json
 from secateur.optimise import Step
 from secateur.recover import RecoveryStep
 from secateur.run import Run
@@ -108,8 +108,11 @@ class WandB(Progress):
     def __init__(self, run: Run) -> None:
         self.run = run
         self.id_file, self.logged_file = (run.folder / "wandb" / f"secateur.{ending}" for ending in ("json", "jsonl"))
+        lines = self.logged_file.read_bytes().splitlines(keepends=True) if self.logged_file.exists() else []
+        whole = (json.loads(line) for line in lines if line.endswith(b"\n"))
+        self.logged: dict[str, dict[str, float]] = {step: values for row in whole for step, values in row.items()}
         self.wandb: Any = None
-        self.logged: dict[str, dict[str, float]] = {}
+        self.named: set[str] = set()
 
     def step(self, step: Step) -> None:
         self._log(f"{step.step}", flat(asdict(step)))
@@ -122,14 +125,18 @@ class WandB(Progress):
         self.wandb.summary.update(final(results))
 
     def _log(self, step: str, values: dict[str, float]) -> None:
+        if step in self.logged:
+            if self.logged[step] == values:
+                return
+            self.close()  # learned anew, to other curves than those: another run
+            self.logged.clear()
+            for stale in (self.id_file, self.logged_file):
+                stale.unlink(missing_ok=True)
         self._open()
-        if step in self.logged and self.logged[step] == values:
-            return
-        if step in self.logged:  # other curves than those: learned anew
-            self.close()
-            self.id_file.unlink()
-            write_text(self.logged_file, "")
-            self._open()
+        own_step = next(key for key in values if key.rpartition("/")[2] == "step")
+        for key in values.keys() - self.named - {own_step}:
+            self.wandb.define_metric(key, step_metric=own_step)
+        self.named |= values.keys()
         self.logged[step] = values
         with self.logged_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps({step: values}) + "\n")
@@ -141,19 +148,13 @@ class WandB(Progress):
         check_installed(["wandb"])
         import wandb
 
-        known = self.id_file.exists()
-        number = read_json(self.id_file, "secateur prune")["id"] if known else secrets.token_hex(4)
-        if not known:
-            write_json(self.id_file, {"id": number})
-        lines = (
-            self.logged_file.read_text(encoding="utf-8").splitlines(keepends=True) if self.logged_file.exists() else []
-        )
-        self.logged = {k: v for line in lines if line.endswith("\n") for k, v in json.loads(line).items()}
+        if not self.id_file.exists():
+            write_json(self.id_file, {"id": secrets.token_hex(4)})
         try:
             self.wandb = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", "secateur"),
                 name=self.run.folder.name,
-                id=number,
+                id=read_json(self.id_file, "secateur prune")["id"],
                 resume="allow",
                 dir=str(self.run.folder),
                 config=yaml.safe_load((self.run.folder / "config.yaml").read_text(encoding="utf-8")),
@@ -164,11 +165,9 @@ class WandB(Progress):
             raise InputError(
                 f"--log wandb: {reason}; run `wandb login`, or set WANDB_MODE=offline and `wandb sync` later"
             ) from None
-        self.wandb.define_metric("*", step_metric="step")
-        self.wandb.define_metric("recover/*", step_metric="recover/step")
 
     def close(self) -> None:
         """Sends what waits."""
         if self.wandb is not None:
             self.wandb.finish()
-        self.wandb = None
+        self.wandb, self.named = None, set()
