@@ -160,7 +160,8 @@ def test_a_run_goes_on_with_another_number_of_ranks_to_the_same_gates(base, long
     launched = launch(count, arguments(base, run, **LONG), tmp_path).after_step(run, 10)
     for rank in range(count):  # as launchers do, and Ctrl-C
         launched.kill(rank, signal.SIGTERM)
-    assert launched.ended() == [130] + [130] * (count - 1)
+    first, *others = launched.ended()
+    assert first == 130 and {*others} <= {130, 0}  # 0 where rank 0 had left before
     assert launched.said().endswith(f"interrupted; nothing is lost, go on with: secateur prune --resume {run}\n")
     (state,) = set(run.glob("checkpoints/*")) - {run / "checkpoints/step-00000000.safetensors"}
     assert int(state.stem[5:]) >= 9
@@ -174,7 +175,8 @@ def test_a_rank_that_dies_is_named_and_what_was_learned_is_saved(base, long, tmp
     launched = launch(4, arguments(base, run, **LONG), tmp_path).after_step(run, 10)
     start = time.monotonic()
     launched.kill(2)
-    assert launched.ended() == [130, 130, -9, 130]
+    first, second, killed, fourth = launched.ended()
+    assert (first, killed) == (130, -9) and {second, fourth} <= {130, 0}
     assert time.monotonic() - start < 60
     *_, line = launched.said().splitlines()
     own = rf"rank 2 of 4 \(.*, process {launched.processes[2].pid}\)"
