@@ -214,7 +214,8 @@ def outside(keep: Sequence[str]) -> str:
 
 def _units(kinds: Collection[str]) -> str:
     names = {"heads": "attention heads", "kv_groups": "attention heads", "channels": "MLP channels",
-             "expert_channels": "experts' channels", "shared_channels": "shared experts' channels"}  # fmt: skip
+             "expert_channels": "experts' channels", "shared_channels": "shared experts' channels",
+             "attention": "whole attention sublayers", "mlp": "whole MLP sublayers"}  # fmt: skip
     return " and ".join(dict.fromkeys(name for kind, name in names.items() if kind in kinds))
 
 

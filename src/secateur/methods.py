@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from secateur import __version__
-from secateur.budget import Budget, largest_that_fits, make_budget, ranked
+from secateur.budget import Budget, largest_that_fits, make_budget
 from secateur.config import Scope
 from secateur.costs import Bound, bounds_of
 from secateur.export import buffers
@@ -19,7 +19,7 @@ from secateur.gates import Gates, save_gates
 from secateur.importance import ONE_SHOT
 from secateur.learn import LearningDiverged, Start, learn
 from secateur.optimise import BARELY_OPEN, Step
-from secateur.order import kept_for
+from secateur.order import kept_for, ranked
 from secateur.policy import policy_of
 from secateur.recipes import Recipe, tie_of
 from secateur.run import recorded, versions
@@ -90,6 +90,7 @@ def about_gates(session: Session) -> dict[str, Any]:
         **({"budget": list(c.budget)} if c.budget else {}),
         "per": c.per,
         "shape": c.shape,
+        **({} if c.depth == "off" else {"depth": c.depth}),
         "data": session.blocks.about,
         **({"guard": list(c.guard)} if c.guard else {}),
         "steps": 0 if c.method in ONE_SHOT else c.steps,

@@ -68,6 +68,14 @@ def gate_sensitivity(
             if group.experts:
                 experts[group.gate_at] = _probed(group.by_expert(total), anchor)
                 continue
+            if group.is_sublayer and group.after:
+                norm = model.get_submodule(group.after)
+
+                def probe_behind(_module, _args, output, total=total):  # type: ignore[no-untyped-def]
+                    return _Probe.apply(output, anchor, total, output.shape[-1])
+
+                stack.callback(norm.register_forward_hook(probe_behind).remove)
+                continue
             module = writer(model, group)
             block = module.in_features // group.units
 
@@ -124,12 +132,16 @@ def balanced(sensitivity_N: torch.Tensor, groups: tuple[Group, ...], strength: f
     Each layer is divided by (its geometric mean over that of all layers) to the power `strength`.
     """
     parts = list(sensitivity_N.split([g.units for g in groups]))
-    for kind in dict.fromkeys(g.kind for g in groups if not g.attends):
+    place = {g.name: i for i, g in enumerate(groups)}
+    for kind in dict.fromkeys(g.kind for g in groups if not g.attends and g.slices):
         of_kind = [i for i, g in enumerate(groups) if g.kind == kind and (parts[i] > 0).any()]
         levels = {i: parts[i][parts[i] > 0].log().mean() for i in of_kind}  # what no token reached says nothing
         if not levels:
             continue
         middle = torch.stack(list(levels.values())).mean()
         for i, level in levels.items():
-            parts[i] = parts[i] * torch.exp(-strength * (level - middle))
+            factor = torch.exp(-strength * (level - middle))
+            parts[i] = parts[i] * factor
+            if groups[i].depth:  # compared with its units
+                parts[place[groups[i].depth]] = parts[place[groups[i].depth]] * factor
     return torch.cat(parts)

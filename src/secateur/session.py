@@ -89,7 +89,15 @@ class Session:
             local_files(str(data))  # a wrong path shows before a large model is loaded
         with self.timed("load"):
             return load(
-                c.model, c.device, c.dtype, c.trust_remote_code, self.offload, c.units, c.attention_unit, c.keep
+                c.model,
+                c.device,
+                c.dtype,
+                c.trust_remote_code,
+                self.offload,
+                c.units,
+                c.attention_unit,
+                c.keep,
+                c.depth,
             )
 
     @cached_property
