@@ -168,7 +168,7 @@ def _offset(norm: nn.Module) -> float | None:
         for parameter in alone.parameters():
             parameter.zero_()
         zero = alone(x)
-        alone.weight += 1.0
+        alone.get_parameter("weight").fill_(1.0)
         one = alone(x)
     if not one.abs().max() > 0:
         return None
