@@ -29,6 +29,8 @@ from secateur.depth import with_depth
 from secateur.describe import describe
 from secateur.files import InputError
 from secateur.joint import price, sublayers_of
+from secateur.latency import write_table
+from secateur.load import describe_pretrained
 from secateur.objective import lagrangian, retention_score
 from secateur.optimise import Optimiser
 from secateur.order import nested
@@ -37,6 +39,7 @@ from secateur.recipes import RECIPES
 from secateur.sensitivity import balanced, gate_sensitivity
 from secateur.units import unit_params
 from secateur.wanted import read_budgets
+from test_latency import table_of
 from tiny import MIXTURE, dense_logits, random_plan, tiny, tokens
 
 UNEVEN = {"num_key_value_heads": 4}
@@ -246,6 +249,17 @@ def test_the_multipliers_pull_on_products_of_scores(joint):
     assert torch.allclose(found_N, expected_N, atol=1e-6) and found_N[sublayers.are_N].abs().min() > 1e-4
 
 
+def test_units_behind_a_closed_gate_count_as_closed(joint):
+    limits = make_budget(joint.groups, joint.shapes, 0.4, "model")
+    optimiser = Optimiser(RECIPES["auto"](20), limits, 20, 0, torch.device("cpu"))
+    closed_N = limits.sublayers.gate_N == limits.sublayers.are_N.nonzero().flatten()[1]
+    optimiser.go_on_from(torch.where(closed_N & limits.sublayers.are_N, -0.1, 1.0), torch.ones_like(closed_N))
+    assert torch.equal(optimiser.open_N, ~closed_N)
+    step = optimiser.advance(torch.zeros_like(optimiser.z_N), 0.0, 0.0, 0.0)
+    share = 1.0 - float(limits.share_N[closed_N].sum())
+    assert step.kept == pytest.approx(share) and step.score == pytest.approx(share)
+
+
 def test_what_sublayers_are_worth_is_measured_as_that_of_units(llama):
     ids_NT = random_tokens(6, 12)
     joint, alone = (with_gates(llama, depth).groups for depth in ("joint", "alone"))
@@ -372,6 +386,24 @@ def test_budgets_are_held_exactly(budget, checkpoint, texts, tmp_path):
         assert secateur(*arguments[:at], *arguments[at + 2 :]) == 0
         (held,) = json.loads((tmp_path / depth / "plan.json").read_text())["rounding"]["budgets"]
         assert held["pruned"] <= held["bound"]
+
+
+@pytest.mark.parametrize("depth", ["joint", "alone"])
+def test_budgets_on_time_go_with_it(depth, checkpoint, texts, tmp_path):
+    write_table(tmp_path / "table.json", table_of(describe_pretrained(str(checkpoint))[0]))
+    arguments = prune_arguments(checkpoint, texts, tmp_path / "run", depth=depth, budget="latency=0.8",
+                                latency_table=tmp_path / "table.json")  # fmt: skip
+    at = arguments.index("--sparsity")
+    assert secateur(*arguments[:at], *arguments[at + 2 :]) == 0
+    (held,) = json.loads((tmp_path / "run" / "plan.json").read_text())["rounding"]["budgets"]
+    assert held["pruned"] <= held["bound"] == 80_000
+
+
+def test_another_text_is_guarded_too(checkpoint, texts, tmp_path):
+    other = write_texts(tmp_path / "other.jsonl", documents=50, words=50)
+    arguments = prune_arguments(checkpoint, texts, tmp_path / "run", depth="joint", guard=f"{other}:0.1")
+    assert secateur(*arguments) == 0
+    assert "gates of their own" in (tmp_path / "run" / "model" / "README.md").read_text()
 
 
 def test_gates_go_to_a_sibling_of_the_same_depth_only(run, checkpoint, texts, tmp_path, capsys):

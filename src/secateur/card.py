@@ -277,6 +277,9 @@ def model_card(
         ]
         if config.gates is not None:
             lines.append(f"- gates: of another run, {'their values tuned so' if config.steps else 'as they were'}")
+    if config.depth != "off":
+        beside = ", beside those of their units" if config.depth == "joint" else "; all widths stayed"
+        lines.append(f"- depth: whole attention and MLP sublayers had gates of their own{beside}")
     if results is not None:
         lines += [f"- {arrival(results)}"]
     lines.append("")

@@ -76,6 +76,8 @@ class Description:
         policy = policy_of(shape)
         if policy.uniform and self.kept:
             raise InputError(f"--keep leaves layers wider than others, so --shape {policy} contradicts it")
+        if policy.uniform and any(g.is_sublayer for g in self.groups):
+            raise InputError(f"--depth closes whole sublayers of some layers, so --shape {policy} contradicts it")
         check_permitted(policy, self.groups, self.others)
         cut, whole = ({g.kind for g in groups if g.experts or not g.sizes} for groups in (self.groups, self.others))
         if policy.uniform and cut and "shared_channels" in cut | whole and whole:
