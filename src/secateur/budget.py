@@ -220,7 +220,7 @@ def make_budget(
             can_go = bool(g.experts) and not g.shared
             rows.append(Rows(where[g.name], permitted(g, policy), g.parts, bool(g.experts), can_go))
         start += g.units
-        if g.is_sublayer and not g.slices:  # it costs what is kept of its units
+        if g.gate_only:  # it costs what is kept of its units
             constraints.append(torch.zeros(1, dtype=torch.int64))
             continue
         parts = g.experts if scope == "expert" and g.experts else 1

@@ -89,7 +89,7 @@ class Description:
     @property
     def kinds(self) -> frozenset[str]:
         """What there is of units."""
-        return frozenset(g.kind for g in self.groups if g.slices)
+        return frozenset(g.kind for g in self.groups if not g.gate_only)
 
     def only(self, kinds: Collection[str]) -> "Description":
         """The same model with the units of some kinds alone (`--units`). None said: the channels of a mixture's

@@ -70,7 +70,7 @@ class Gates:
 
 def depth_of(groups: Sequence[Group]) -> str:
     """The `--depth` that groups are of."""
-    if any(g.is_sublayer and g.slices for g in groups):
+    if any(g.is_sublayer and not g.gate_only for g in groups):
         return "alone"
     return "joint" if any(g.depth for g in groups) else "off"
 

@@ -135,7 +135,7 @@ class LatencyTable:
     def _parts(self, group: Group) -> list[str]:
         """Names of the groups of units that make up a sublayer that goes whole; none of a gate beside their own."""
         inside = [name for s in self.sublayers for name in s.groups if name.startswith(f"layers.{group.layer}.")]
-        return [name for name in inside if group.slices and name.endswith("channels") != group.attends]
+        return [name for name in inside if not group.gate_only and name.endswith("channels") != group.attends]
 
     def predicted(self, description: Description, stored: Sequence[int], kind: str, batch: int) -> float:
         """Seconds that the model takes that stores so many units of each group."""
@@ -150,7 +150,7 @@ class LatencyTable:
         known = {name: (s.kind, s.units) for s in self.sublayers for name in s.groups}
 
         def lacks(g: Group) -> bool:
-            return bool(g.slices) and not self._parts(g) if g.is_sublayer else known.get(g.name) != (g.kind, g.units)
+            return not g.gate_only and not self._parts(g) if g.is_sublayer else known.get(g.name) != (g.kind, g.units)
 
         lacking = next(filter(lacks, description.groups), None)
         if lacking is not None:

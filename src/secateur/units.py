@@ -76,6 +76,11 @@ class Group:
         return self.kind in SUBLAYERS
 
     @property
+    def gate_only(self) -> bool:
+        """Whether this is the gate of a sublayer beside those of its units, which hold all of it."""
+        return self.is_sublayer and not self.slices
+
+    @property
     def parts(self) -> int:
         """Experts, or KV heads, of which each has the same number of units; else 1."""
         return self.experts or self.kv_heads or 1
