@@ -53,6 +53,7 @@ def load(
     units: Collection[str] | None = None,
     attention_unit: AttentionUnit | None = None,
     keep: Collection[str] = (),
+    spread: bool = False,
     depth: Depth = "off",
 ) -> Loaded:
     """Loads a causal LM and its tokenizer, in eval mode and without gradients. Raises InputError with one line.
@@ -60,7 +61,8 @@ def load(
     With a folder to `offload` to, weights stay on disk, where accelerate reads each one when it is needed
     (`weight_of`). `units` are the kinds to prune (Description.only), None: all that there are; `attention_unit` says
     what those of attention are, `keep` which layers stay whole (Description.keeping), `depth` whether sublayers have
-    gates of their own (depth.py).
+    gates of their own (depth.py). `spread`: the model stays on the CPU, in the dtype of the device, over several of
+    which it is to be spread (sharding.py).
     """
     where = _source(name)
     config, skeleton = skeleton_of(name, trust_remote_code)
@@ -78,7 +80,7 @@ def load(
         f"cannot load the tokenizer of {name}",
     )
     model = model.eval().requires_grad_(False)
-    return Loaded(model if offload else model.to(target), tokenizer, description, own_dtype)
+    return Loaded(model if offload or spread else model.to(target), tokenizer, description, own_dtype)
 
 
 def read_model(
