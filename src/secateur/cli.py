@@ -25,6 +25,7 @@ from secateur.options import (
     Learn,
     Plan,
     Prune,
+    Push,
     Recover,
     Refit,
     Report,
@@ -46,8 +47,10 @@ errors = Console(stderr=True, highlight=False, soft_wrap=True)
 def prune(options: Prune) -> None:
     """`secateur prune`."""
     from secateur import ranks
+    from secateur.logs import check_installed
     from secateur.run import new_run, open_run
 
+    check_installed(options.log)
     if options.resume is not None:
         run = open_run(options.resume)
         # How gates are learned is for the machine at hand to say.
@@ -207,6 +210,18 @@ def report(options: Report) -> None:
     console.print(f"wrote {write_report(options.runs, options.out)}", markup=False, soft_wrap=True)
 
 
+def push(options: Push) -> None:
+    """`secateur push`."""
+    from secateur.push import push
+
+    own = {name: value for name, value in vars(options).items() if name != "run"}
+    pushed = push(_open(options.run), **own)
+    for line in pushed.lines():
+        console.print(line, markup=False, soft_wrap=True)
+    done = f"pushed to {pushed.url}" if pushed.url else f"nothing was sent; without --dry-run it goes to {options.repo}"
+    console.print(done, markup=False, soft_wrap=True)
+
+
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "prune": (Prune, prune),
     "inspect": (Inspect, inspect),
@@ -220,6 +235,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "eval": (Eval, evaluate),
     "bench": (Bench, bench),
     "report": (Report, report),
+    "push": (Push, push),
 }
 IN_RANKS = ("prune", "learn")
 """Commands that several processes share."""
@@ -250,18 +266,19 @@ def _asked(options: Plan | Export) -> dict[str, Any]:
 def _staged(run: "Run", stage: str | Callable[..., Any], **options: Any) -> Any:
     """Runs a stage (its function, or its name in stages.py), or all of them, with progress on the screen."""
     from secateur import stages
+    from secateur.logs import logs_of
     from secateur.progress import Screen
     from secateur.ranks import INTERRUPTED, here
-    from secateur.session import Session
+    from secateur.session import Listeners, Session
 
     console.print(f"run folder: {run.folder}", markup=False, soft_wrap=True)
     if (count := here().count) > 1:
         c = run.config
         console.print(f"{count} ranks learn, {c.rows_a_pass(count)} of {c.batch_size} sequences at once on each")
     try:
-        with Screen(console, run.config) as screen:
+        with Screen(console, run.config) as screen, logs_of(run) as logs:
             function = getattr(stages, stage) if isinstance(stage, str) else stage
-            return function(Session(run, screen), **options)
+            return function(Session(run, Listeners([screen, *logs])), **options)
     except KeyboardInterrupt:
         again = f"secateur prune --resume {run.folder}" if stage == "remaining_stages" else "the same command"
         with interrupts.held_back():  # a launcher interrupts once more

@@ -19,6 +19,7 @@ from secateur.recipes import EQUAL_WIDTHS, ONE_SHOT, WHOLE_EXPERTS, Method, Reci
 from secateur.selection import AttentionUnit, Depth, Kind, check_selection, kept_words
 from secateur.wanted import what_is_asked
 
+Log = Literal["tensorboard", "wandb"]
 Scope = Literal["model", "kind", "layer", "expert"]
 
 _SAID = tyro.conf.arg(metavar="ragged|uniform|padded|aligned:N|tp:K")
@@ -28,6 +29,15 @@ AnyShape = Annotated[str | None, _SAID]
 """The same where the option may be left out."""
 Words = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="KIND=VALUE")]
 """Words that wanted.py reads."""
+
+
+IN_MEMORY = "in memory: "
+"""What `model` begins with where Python code gave the model itself: `in memory: NAME, weights HASH`."""
+
+
+def name_in_memory(model: str) -> str:
+    """NAME of a `model` that was given in memory; any other as it is."""
+    return model.removeprefix(IN_MEMORY).rpartition(", weights ")[0] if model.startswith(IN_MEMORY) else model
 
 
 @dataclass
@@ -187,6 +197,9 @@ class Config:
     measure_every: int = 0
     """Every so many steps, measure the held-out loss with the gates as trained and as deployed, for metrics.jsonl; 0:
     never. Changes nothing else."""
+    log: tuple[Log, ...] = ()
+    """Curves to watch beside metrics.jsonl, under the same names: `tensorboard` (RUN/tensorboard), `wandb` (Weights &
+    Biases, RUN/wandb; WANDB_MODE=offline sends nothing), or both."""
     trust_remote_code: bool = False
     """Run modelling code that comes with the checkpoint."""
     learning: tyro.conf.Suppress[Recipe | None] = None

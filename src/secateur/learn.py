@@ -47,6 +47,10 @@ class LearningDiverged(InputError):
         self.step, self.z_N, self.value_N = step, z_N, value_N
 
 
+class StopLearning(Exception):
+    """Raised by what hears of a step, `on_step`: learning ends with that step, and the gates are as they are then."""
+
+
 @dataclass(frozen=True)
 class Fixing:
     """The moment the kept set was fixed to the budget, and what that changed."""
@@ -87,6 +91,8 @@ class Learned:
     """What the units rank by for other sizes (order.py): above 1 where kept, else below. None: z says it."""
     sensitivity_N: torch.Tensor | None = None
     """What each unit is worth alone, where it was measured."""
+    stopped: int | None = None
+    """The step after which StopLearning ended it; None where all steps were done."""
 
 
 def learn(
@@ -120,15 +126,16 @@ def learn(
     one of RELAXATIONS; `measure_every` k records the held-out loss every k steps and changes nothing else. `teacher` is
     the model itself without gates unless another one is given. `gradient_checkpointing` computes each layer once more
     in the backward pass instead of keeping what it computed: less memory, the same gates. `guarded`: the texts whose
-    loss is bounded, with as many rows as of calibration. `start`: from other gates. `micro_batch_size`: rows that go
-    through the model at once. `ranks`: they do the same with the same arguments, and share the passes; only rank 0 has
-    checkpoints. The gates are the same on each, and with equal micro-batches on any number of them.
+    loss is bounded, with as many rows as of calibration. `start`: from other gates. `on_step` may raise StopLearning.
+    `micro_batch_size`: rows that go through the model at once. `ranks`: they do the same with the same arguments, and
+    share the passes; only rank 0 has checkpoints. The gates are the same on each, and with equal micro-batches on any
+    number of them.
     Raises LearningDiverged when the loss is not finite.
     """
     device = next(model.parameters()).device
     model.eval().requires_grad_(False)
     optimiser = Optimiser(recipe, limits.to(device), steps, seed, device, RELAXATIONS[method])
-    fixing = None
+    fixing, stopped = None, None
     settings = f"{method} {recipe} steps={steps} batch_size={batch_size} seed={seed} seq_len={calibration_NT.shape[1]}"
     settings += f" units={[(g.name, g.units) for g in groups]} budget={limits.allowed_C.tolist()} tie={limits.tie}"
     settings += "" if limits.policy.free else f" shape={limits.policy}"
@@ -205,7 +212,11 @@ def learn(
                 losses[:] = [step.held_out_deployed]
             elif optimiser.kept_N is not None and not measure_every:
                 losses.append(step.loss)
-            on_step(step)
+            try:
+                on_step(step)
+            except StopLearning:
+                stopped = step.step
+                break
             state = optimiser.state(), fixing, multipliers.state()
             if checkpoints is not None and checkpoints.due(optimiser.done, steps):
                 save()
@@ -218,7 +229,7 @@ def learn(
     if kept_N is None:
         kept_N = optimiser.largest(optimiser.ranking())
     order_N = _order(optimiser, kept_N, groups)
-    return Learned(optimiser.ranking(), optimiser.values(), fixing, kept_N, order_N, optimiser.sensitivity_N)
+    return Learned(optimiser.ranking(), optimiser.values(), fixing, kept_N, order_N, optimiser.sensitivity_N, stopped)
 
 
 def _weighed(

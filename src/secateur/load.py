@@ -23,6 +23,7 @@ from transformers import (
 )
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from secateur.config import IN_MEMORY
 from secateur.depth import with_depth
 from secateur.describe import Description, check_causal, check_unquantised, describe
 from secateur.families import build, config_class, model_class
@@ -67,9 +68,7 @@ def load(
     where = _source(name)
     config, skeleton = skeleton_of(name, trust_remote_code)
     description = describe(skeleton, attention_unit)  # before any weight is read
-    description = description if units is None else description.only(units)
-    description.check_attention(attention_unit)
-    description = with_depth(description.keeping(keep), skeleton, depth)
+    description = with_depth(selected(description, units, attention_unit, keep), skeleton, depth)
     target = pick_device(device)
     own_dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     wanted = own_dtype if target.type != "cpu" or offload else torch.float32
@@ -81,6 +80,18 @@ def load(
     )
     model = model.eval().requires_grad_(False)
     return Loaded(model if offload or spread else model.to(target), tokenizer, description, own_dtype)
+
+
+def selected(
+    description: Description,
+    units: Collection[str] | None,
+    attention_unit: AttentionUnit | None,
+    keep: Collection[str],
+) -> Description:
+    """What a run prunes of a model, as its options say (see `load`)."""
+    description = description if units is None else description.only(units)
+    description.check_attention(attention_unit)
+    return description.keeping(keep)
 
 
 def read_model(
@@ -198,6 +209,12 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 def _source(name: str) -> dict[str, str]:
     """Arguments of `from_pretrained` for a folder, a hub id or a GGUF file."""
+    if name.startswith(IN_MEMORY):
+        raise InputError(
+            f"this run pruned a model {name}, which is gone: save that model and its tokenizer (save_pretrained) and "
+            "name their folder as `model:` in the run's config.yaml, or go on in Python by secateur.resume(RUN, model, "
+            "tokenizer)"
+        )
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():

@@ -211,6 +211,10 @@ def learned_gates(session: Session, limits: Budget, about: dict[str, Any], part:
             raise InputError(f"{error} ({last_good})") from None
     ranks.leave()
     fixing = None if learned.fixing is None else asdict(learned.fixing)
+    if learned.stopped is not None:
+        left_out = part.steps - learned.stopped
+        tokens = about["tokens"] - left_out * c.batch_size * c.seq_len
+        about |= {"stopped": part.first + learned.stopped, "steps": about["steps"] - left_out, "tokens": tokens}
     z_N = learned.z_N
     if not whole:  # what goes on from these has to know what is kept
         z_N = torch.where(learned.kept_N, z_N.clamp(min=BARELY_OPEN), z_N.clamp(max=0.0))

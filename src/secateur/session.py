@@ -27,7 +27,7 @@ from secateur.ranks import here
 from secateur.recover import RecoveryStep
 from secateur.run import Run
 from secateur.selftext import self_written
-from secateur.text import evaluation_text, local_files
+from secateur.text import HELD_OUT, evaluation_text, local_files
 from secateur.updates import updates_of
 
 if TYPE_CHECKING:
@@ -60,6 +60,52 @@ class Progress:
 
     def warned(self, warning: str) -> None:
         """Something that is possible, and maybe not meant."""
+
+    def evaluated(self, results: Mapping[str, Any]) -> None:
+        """Both models have been measured: what eval.json is to hold."""
+
+
+@dataclass
+class Listeners(Progress):
+    """Tells several, in turn."""
+
+    each: list[Progress]
+
+    def stage(self, name: str) -> None:
+        for one in self.each:
+            one.stage(name)
+
+    def step(self, step: Step) -> None:
+        for one in self.each:
+            one.step(step)
+
+    def recovered(self, step: RecoveryStep) -> None:
+        for one in self.each:
+            one.recovered(step)
+
+    def size(self, name: str) -> None:
+        for one in self.each:
+            one.size(name)
+
+    def measured(self, rows: int) -> None:
+        for one in self.each:
+            one.measured(rows)
+
+    def written(self, tokens: int) -> None:
+        for one in self.each:
+            one.written(tokens)
+
+    def scored(self, rows: int, of: int) -> None:
+        for one in self.each:
+            one.scored(rows, of)
+
+    def warned(self, warning: str) -> None:
+        for one in self.each:
+            one.warned(warning)
+
+    def evaluated(self, results: Mapping[str, Any]) -> None:
+        for one in self.each:
+            one.evaluated(results)
 
 
 @dataclass
@@ -149,7 +195,7 @@ class Session:
         c = self.config
         if c.eval_data is None:
             rows_NT = self.blocks.held_out_NT
-            return rows_NT, f"held-out part of {c.data}", "packed"
+            return rows_NT, f"{HELD_OUT}{c.data}", "packed"
         characters = c.eval_windows * c.eval_length * 12 or None
         text = evaluation_text(c.eval_data, c.text_column, characters, c.eval_join)
         tokens_T = self.loaded.tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
@@ -190,9 +236,10 @@ class Session:
 
     @property
     def learned_steps(self) -> int:
-        """Learning steps behind the gates of a run: of a size of a sweep, those of the sizes before, too."""
+        """Learning steps behind the gates of a run: of a size of a sweep, those of the sizes before, too; fewer than
+        the settings say where a callback ended them."""
         gates = load_gates(self.run.gates, self.loaded.description.groups, self.architecture)
-        return int(gates.about["steps"] if "sweep" in gates.about else self.config.steps)
+        return int(gates.about["steps"] if "sweep" in gates.about else gates.about.get("stopped", self.config.steps))
 
     @cached_property
     def given(self) -> Gates | None:
