@@ -215,7 +215,8 @@ def outside(keep: Sequence[str]) -> str:
 
 def _units(kinds: Collection[str]) -> str:
     names = {"heads": "attention heads", "kv_groups": "attention heads", "channels": "MLP channels",
-             "expert_channels": "experts' channels", "shared_channels": "shared experts' channels"}  # fmt: skip
+             "expert_channels": "experts' channels", "shared_channels": "shared experts' channels",
+             "attention": "whole attention sublayers", "mlp": "whole MLP sublayers"}  # fmt: skip
     return " and ".join(dict.fromkeys(name for kind, name in names.items() if kind in kinds))
 
 
@@ -277,6 +278,9 @@ def model_card(
         ]
         if config.gates is not None:
             lines.append(f"- gates: of another run, {'their values tuned so' if config.steps else 'as they were'}")
+    if config.depth != "off":
+        beside = ", beside those of their units" if config.depth == "joint" else "; all widths stayed"
+        lines.append(f"- depth: whole attention and MLP sublayers had gates of their own{beside}")
     if results is not None:
         lines += [f"- {arrival(results)}"]
     lines.append("")

@@ -16,7 +16,7 @@ from secateur.files import InputError, write_text
 from secateur.guard import read_guards
 from secateur.policy import policy_of
 from secateur.recipes import EQUAL_WIDTHS, ONE_SHOT, WHOLE_EXPERTS, Method, Recipe, recipe_of
-from secateur.selection import AttentionUnit, Kind, check_selection, kept_words
+from secateur.selection import AttentionUnit, Depth, Kind, check_selection, kept_words
 from secateur.wanted import what_is_asked
 
 Log = Literal["tensorboard", "wandb"]
@@ -85,6 +85,10 @@ class Config:
     layer keeps some KV heads, and as many query heads of each. Where all heads share one KV head or a latent there are
     `heads` only; where every head has its own all three are the same. Default: `kv-groups`, else `heads`. To leave
     attention whole: `--only mlp`."""
+    depth: Depth = "off"
+    """Remove whole attention and MLP sublayers, by gates of their own, learned as those of units are: `joint`, beside
+    the units' gates, so that width and depth compete for one budget; `alone`, whole sublayers only, all widths stay. A
+    mixture's experts have none: their router could not go. Default: sublayers go with their last unit."""
     keep: tuple[str, ...] = ()
     """Layers, or sublayers, that stay whole, with commas or spaces between: `layers.0,layers.-1` (from the end),
     `layers.3.mlp`, `layers.3.attention`. `--sparsity` is a share of all units still, and goes from the others."""
@@ -311,7 +315,7 @@ class Config:
         per: Scope = "model"
         if policy_of(self.shape).uniform:
             per = "expert"
-        elif self.method in EQUAL_WIDTHS and not (self.budget and self.method in WHOLE_EXPERTS):
+        elif self.method in EQUAL_WIDTHS and self.depth == "off" and not (self.budget and self.method in WHOLE_EXPERTS):
             per = "layer"
         elif recipe.name == "paper" and self.method not in (*ONE_SHOT, "grasprune") and self.by_sparsity:
             per = "kind"

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from secateur.config import IN_MEMORY, Config
 from secateur.data import POOL_CHARACTERS
+from secateur.depth import with_depth
 from secateur.describe import check_causal, check_unquantised, describe
 from secateur.export import buffers
 from secateur.files import InputError, replacing
@@ -70,6 +71,7 @@ def loaded_from(model: PreTrainedModel, tokenizer: Any, config: Config) -> Loade
     wanted = wanted if config.dtype == "auto" else getattr(torch, config.dtype)
     twin = with_weights_in(_twin(model), wanted).to(device)
     description = selected(describe(twin, config.attention_unit), config.units, config.attention_unit, config.keep)
+    description = with_depth(description, twin, config.depth)
     return Loaded(twin, tokenizer, description, own_dtype)
 
 

@@ -244,11 +244,18 @@ def _order(optimiser: Optimiser, kept_N: torch.Tensor, groups: tuple[Group, ...]
     """What the units rank by for other sizes, above 1 where kept; None where z says it (Relaxation.score)."""
     if optimiser.relaxation.score is None:
         return None
+    limits, sublayers = optimiser.limits, optimiser.limits.sublayers
+    kept = kept_N.cpu().float()
     if optimiser.sensitivity_N is None:
-        return positions(optimiser.last_open_N, optimiser.z_N) + kept_N.cpu().float()
-    _, cost_N = _weighed(optimiser.sensitivity_N, groups, optimiser.recipe)
-    cost_N = cost_N * torch.where(kept_N, optimiser.values().square(), 1.0)  # closed ones would open whole
-    return positions(cost_N / optimiser.limits.share_N, optimiser.z_N) + kept_N.cpu().float()
+        order_N = positions(optimiser.last_open_N, optimiser.z_N) + kept
+    else:
+        _, cost_N = _weighed(optimiser.sensitivity_N, groups, optimiser.recipe)
+        now_N = cost_N * torch.where(kept_N, limits.times(optimiser.values()).square(), 1.0)  # closed: would open whole
+        if sublayers is not None:
+            now_N = sublayers.rescaled(cost_N, now_N)
+        worth_N = limits.per_share(now_N)
+        order_N = positions(worth_N if sublayers is None else sublayers.ranks(worth_N), optimiser.z_N) + kept
+    return order_N if sublayers is None else sublayers.to(order_N.device).highest(order_N)
 
 
 def unseen(grad_N: torch.Tensor, groups: tuple[Group, ...]) -> torch.Tensor | None:

@@ -24,10 +24,11 @@ from transformers import (
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from secateur.config import IN_MEMORY
+from secateur.depth import with_depth
 from secateur.describe import Description, check_causal, check_unquantised, describe
 from secateur.families import build, config_class, model_class
 from secateur.files import InputError, read_json
-from secateur.selection import AttentionUnit
+from secateur.selection import AttentionUnit, Depth
 
 SAMPLED = 256
 """Values of each weight that `weights_fingerprint` looks at."""
@@ -54,17 +55,20 @@ def load(
     attention_unit: AttentionUnit | None = None,
     keep: Collection[str] = (),
     spread: bool = False,
+    depth: Depth = "off",
 ) -> Loaded:
     """Loads a causal LM and its tokenizer, in eval mode and without gradients. Raises InputError with one line.
 
     With a folder to `offload` to, weights stay on disk, where accelerate reads each one when it is needed
     (`weight_of`). `units` are the kinds to prune (Description.only), None: all that there are; `attention_unit` says
-    what those of attention are, `keep` which layers stay whole (Description.keeping). `spread`: the model stays on the
-    CPU, in the dtype of the device, over several of which it is to be spread (sharding.py).
+    what those of attention are, `keep` which layers stay whole (Description.keeping), `depth` whether sublayers have
+    gates of their own (depth.py). `spread`: the model stays on the CPU, in the dtype of the device, over several of
+    which it is to be spread (sharding.py).
     """
     where = _source(name)
-    description, config = describe_pretrained(name, trust_remote_code, attention_unit)  # before any weight is read
-    description = selected(description, units, attention_unit, keep)
+    config, skeleton = skeleton_of(name, trust_remote_code)
+    description = describe(skeleton, attention_unit)  # before any weight is read
+    description = with_depth(selected(description, units, attention_unit, keep), skeleton, depth)
     target = pick_device(device)
     own_dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     wanted = own_dtype if target.type != "cpu" or offload else torch.float32
@@ -146,14 +150,20 @@ def weights_fingerprint(model: torch.nn.Module) -> str:
 def describe_pretrained(
     name: str, trust_remote_code: bool = False, attention_unit: AttentionUnit | None = None
 ) -> tuple[Description, PreTrainedConfig]:
-    """What can be pruned in a model, from its configuration alone: it is built on the meta device, without weights."""
+    """What can be pruned in a model, from its configuration alone."""
+    config, skeleton = skeleton_of(name, trust_remote_code)
+    return describe(skeleton, attention_unit), config
+
+
+def skeleton_of(name: str, trust_remote_code: bool = False) -> tuple[PreTrainedConfig, PreTrainedModel]:
+    """The configuration of a model, and the model that it says, built on the meta device, without weights."""
     config = load_config_of(name, trust_remote_code)
     with torch.device("meta"):
-        skeleton = _one_line(
+        skeleton: PreTrainedModel = _one_line(
             lambda: build(config, trust_remote_code),
             f"cannot build {name} from its configuration",
         )
-    return describe(skeleton, attention_unit), config
+    return config, skeleton
 
 
 def load_config_of(name: str, trust_remote_code: bool) -> PreTrainedConfig:

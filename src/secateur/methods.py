@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from secateur import __version__
-from secateur.budget import Budget, largest_that_fits, make_budget, ranked
+from secateur.budget import Budget, largest_that_fits, make_budget
 from secateur.config import Config, Scope
 from secateur.costs import Bound, bounds_of
 from secateur.export import buffers
@@ -23,7 +23,7 @@ from secateur.importance import ONE_SHOT
 from secateur.learn import LearningDiverged, Start, learn
 from secateur.load import autocast, load, pick_device
 from secateur.optimise import BARELY_OPEN, Step
-from secateur.order import kept_for
+from secateur.order import kept_for, ranked
 from secateur.policy import policy_of
 from secateur.ranks import Ranks, here
 from secateur.recipes import Recipe, tie_of
@@ -97,6 +97,7 @@ def about_gates(session: Session) -> dict[str, Any]:
         **({"budget": list(c.budget)} if c.budget else {}),
         "per": c.per,
         "shape": c.shape,
+        **({} if c.depth == "off" else {"depth": c.depth}),
         "data": session.blocks.about,
         **({"guard": list(c.guard)} if c.guard else {}),
         "steps": 0 if c.method in ONE_SHOT else c.steps,

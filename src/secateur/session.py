@@ -139,7 +139,7 @@ class Session:
         with self.timed("load"):
             return load(
                 c.model, c.device, c.dtype, c.trust_remote_code, self.offload, c.units, c.attention_unit, c.keep,
-                c.shard,
+                c.shard, c.depth,
             )  # fmt: skip
 
     @cached_property
