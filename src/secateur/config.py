@@ -165,6 +165,12 @@ class Config:
     """Arithmetic of the passes that gates or weights are learned by: `bfloat16` by autocast, or that of the weights'
     own dtype (`float32`). `auto` is bfloat16 where the processor multiplies in it. What is planned, verified and
     evaluated is always measured in the weights' own dtype."""
+    teacher: Literal["live", "cache"] = "live"
+    """`cache`: keep what the unpruned model says of each batch in RUN/teacher, cut down to its likeliest words and the
+    mass of all others, and read it from there when the batch comes again: in a resumed run, a sweep, further epochs.
+    What that costs in exactness is said at the end."""
+    teacher_top_k: int = 64
+    """Words a position that `--teacher cache` keeps; each takes 8 bytes."""
     gradient_checkpointing: bool = False
     """While gates are learned, compute layers once more in the backward pass instead of keeping what they computed:
     less memory, more time, the same gates."""
@@ -189,7 +195,9 @@ class Config:
             raise InputError("--per kind asks for the same share of every kind, so it needs --sparsity; leave it out")
         if self.method == "flap" and (said := [w for w in self.budget if w.startswith(("params", "total", "bytes"))]):
             raise InputError(f"--method flap adds biases, which --budget {said[0]} does not count; use flops or kv")
-        counts = ("batch_size", "epochs", "checkpoint_every", "refit_rounds", "recover_steps", "recover_rank")
+        counts = (
+            "batch_size", "epochs", "checkpoint_every", "refit_rounds", "recover_steps", "recover_rank", "teacher_top_k"
+        )  # fmt: skip
         for name in (*(() if self.gates and self.steps == 0 else ("steps",)), *counts):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
@@ -236,6 +244,8 @@ class Config:
                 raise InputError(f"{option} is a setting of learning, and --method {self.method} learns nothing")
         if not self.binarise:
             raise InputError(f"--no-binarise is a setting of learning, and --method {self.method} learns nothing")
+        if self.teacher == "cache":
+            raise InputError(f"--teacher cache is a setting of learning, and --method {self.method} learns nothing")
         if self.method == "sensitivity" and self.recipe == "paper":
             raise InputError("--recipe paper measures no sensitivity, so --method sensitivity contradicts it")
 

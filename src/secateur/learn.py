@@ -27,6 +27,7 @@ from secateur.passes import Passes, recomputing
 from secateur.recipes import Recipe
 from secateur.relaxation import RELAXATIONS
 from secateur.sensitivity import balanced, gate_sensitivity, weighted
+from secateur.teacher import Exactness, TeacherCache
 from secateur.units import Group
 
 SAMPLES = 4
@@ -84,6 +85,8 @@ class Learned:
     """What the units rank by for other sizes (order.py): above 1 where kept, else below. None: z says it."""
     sensitivity_N: torch.Tensor | None = None
     """What each unit is worth alone, where it was measured."""
+    exactness: Exactness | None = None
+    """What a teacher kept on disk leaves out, on the last batch; None where the teacher was asked."""
 
 
 def learn(
@@ -106,6 +109,7 @@ def learn(
     gradient_checkpointing: bool = False,
     guarded: Mapping[Guard, Blocks] | None = None,
     start: Start | None = None,
+    teacher_cache: TeacherCache | None = None,
 ) -> Learned:
     """Learns the gates of `model`, whose weights are frozen and otherwise left as they are.
 
@@ -115,7 +119,8 @@ def learn(
     one of RELAXATIONS; `measure_every` k records the held-out loss every k steps and changes nothing else. `teacher` is
     the model itself without gates unless another one is given. `gradient_checkpointing` computes each layer once more
     in the backward pass instead of keeping what it computed: less memory, the same gates. `guarded`: the texts whose
-    loss is bounded, with as many rows as of calibration. `start`: from other gates.
+    loss is bounded, with as many rows as of calibration. `start`: from other gates. `teacher_cache`: where the
+    teacher's distributions are kept, cut down to their likeliest words.
     Raises LearningDiverged when the loss is not finite.
     """
     device = next(model.parameters()).device
@@ -126,6 +131,7 @@ def learn(
     settings += f" units={[(g.name, g.units) for g in groups]} budget={limits.allowed_C.tolist()} tie={limits.tie}"
     settings += "" if limits.policy.free else f" shape={limits.policy}"
     settings += "".join(f" {b.name}<={b.allowed}/{b.scale}" for b in limits.bounds)
+    settings += "" if teacher_cache is None else f" teacher_top_k={teacher_cache.top_k}"
     guarded = guarded or {}
     settings += "".join(f" guard={guard} {text.about['fingerprint']}" for guard, text in guarded.items())
     multipliers = Multipliers(tuple(guarded), steps)
@@ -170,7 +176,7 @@ def learn(
         gated = [mean_loss(model, rows_NT, groups, gates) for rows_NT in looked_at]
         return [after - before for after, before in zip(gated, dense, strict=True)]
 
-    passes = Passes(model, groups, recipe, teacher, gradient_checkpointing)
+    passes = Passes(model, groups, recipe, teacher, gradient_checkpointing, teacher_cache)
     state = optimiser.state(), fixing, multipliers.state()
     if earlier is None:
         save()  # sensitivity takes as long as many steps
@@ -187,6 +193,7 @@ def learn(
             if not (math.isfinite(found.loss) and torch.isfinite(grad_N).all()):
                 raise LearningDiverged(optimiser.done, optimiser.ranking(), optimiser.values())
             step = optimiser.advance(grad_N, found.loss, found.ce, found.kl, unseen(grad_N, groups))
+            step = replace(step, teacher_rest=found.teacher_rest)
             if guarded:
                 step = replace(step, guard_rises=rises, guard_weights=list(multipliers.weights))
                 multipliers.hear(rises)
@@ -210,7 +217,8 @@ def learn(
     if kept_N is None:
         kept_N = optimiser.largest(optimiser.ranking())
     order_N = _order(optimiser, kept_N, groups)
-    return Learned(optimiser.ranking(), optimiser.values(), fixing, kept_N, order_N, optimiser.sensitivity_N)
+    exactness = passes.exactness(batches[-1], optimiser.values())
+    return Learned(optimiser.ranking(), optimiser.values(), fixing, kept_N, order_N, optimiser.sensitivity_N, exactness)
 
 
 def _weighed(

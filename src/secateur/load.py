@@ -5,14 +5,14 @@ Only safetensors and GGUF weights are read, never pickles; code from a checkpoin
 
 import hashlib
 import textwrap
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -43,38 +43,61 @@ class Loaded:
     """dtype that the checkpoint's weights are kept in, which the export keeps."""
 
 
+@dataclass(frozen=True)
+class Described:
+    """What is known of a model before any weight is read."""
+
+    model: PreTrainedModel
+    """On the meta device."""
+    description: Description
+    config: PreTrainedConfig
+
+    @property
+    def checkpoint_dtype(self) -> torch.dtype:
+        """dtype that the checkpoint's weights are kept in, as its configuration says."""
+        dtype = self.config.dtype
+        return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
 def load(
     name: str,
     device: str,
     dtype: str,
     trust_remote_code: bool,
     offload: Path | None = None,
-    units: Collection[str] | None = None,
-    attention_unit: AttentionUnit | None = None,
-    keep: Collection[str] = (),
+    described: Described | None = None,
 ) -> Loaded:
     """Loads a causal LM and its tokenizer, in eval mode and without gradients. Raises InputError with one line.
 
     With a folder to `offload` to, weights stay on disk, where accelerate reads each one when it is needed
-    (`weight_of`). `units` are the kinds to prune (Description.only), None: all that there are; `attention_unit` says
-    what those of attention are, `keep` which layers stay whole (Description.keeping).
+    (`weight_of`): in the model's own files, or in this folder where transformers converts them. `described` is what is
+    known of the model already (`describe_selected`).
     """
     where = _source(name)
-    description, config = describe_pretrained(name, trust_remote_code, attention_unit)  # before any weight is read
-    description = description if units is None else description.only(units)
-    description.check_attention(attention_unit)
-    description = description.keeping(keep)
-    target = pick_device(device)
-    own_dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    wanted = own_dtype if target.type != "cpu" or offload else torch.float32
+    described = described or describe_selected(name, trust_remote_code)  # before any weight is read
+    config, target = described.config, pick_device(device)
+    in_memory = learning_dtype(described, target, dtype)
+    wanted = described.checkpoint_dtype if offload else in_memory
     on_disk = {} if offload is None else {"device_map": {"": "disk"}, "offload_folder": str(offload)}
-    model = read_model(name, config, wanted if dtype == "auto" else getattr(torch, dtype), trust_remote_code, **on_disk)
+    model = read_model(name, config, wanted, trust_remote_code, **on_disk)
     tokenizer = _one_line(
         lambda: AutoTokenizer.from_pretrained(**where, trust_remote_code=trust_remote_code),
         f"cannot load the tokenizer of {name}",
     )
     model = model.eval().requires_grad_(False)
-    return Loaded(model if offload else model.to(target), tokenizer, description, own_dtype)
+    if offload is None:
+        model = model.to(target)
+    else:  # buffers are in memory all the same, and are exported as they are there
+        for buffer in (b for b in model.buffers() if b.dtype == wanted):
+            buffer.data = buffer.data.to(in_memory)
+    return Loaded(model, tokenizer, described.description, described.checkpoint_dtype)
+
+
+def learning_dtype(described: Described, device: torch.device, dtype: str) -> torch.dtype:
+    """The dtype of weights while learning (`--dtype`)."""
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    return described.checkpoint_dtype if device.type != "cpu" else torch.float32
 
 
 def read_model(
@@ -114,15 +137,20 @@ def weight_of(model: torch.nn.Module, name: str) -> torch.Tensor:
         return parameter
     module, _, own = name.rpartition(".")
     offloaded: Any = model.get_submodule(module)
-    value: torch.Tensor = offloaded._hf_hook.weights_map[own]
+    weights = offloaded._hf_hook.weights_map
+    where = weights.dataset.index.get(weights.prefix + own)
+    if where is None:  # offloaded to memory
+        return weights[own]
+    with safe_open(where["safetensors_file"], framework="pt") as file:  # in the file's own dtype, cast only once
+        value: torch.Tensor = file.get_tensor(where["weight_name"])
     return value
 
 
-def weights_fingerprint(model: torch.nn.Module) -> str:
-    """Hash of a sample of each weight, by which gates know the model they were learned on; the same in any dtype from
+def weights_fingerprint(model: torch.nn.Module, names: Iterable[str]) -> str:
+    """Hash of a sample of each of these weights, by which gates know the model they were learned on; the same in any dtype from
     bfloat16 up, on disk or not."""
     digest = hashlib.sha256()
-    for name, _ in model.named_parameters():
+    for name in names:
         flat = weight_of(model, name).flatten()
         index = torch.linspace(0, len(flat) - 1, min(SAMPLED, len(flat)), dtype=torch.float64).long()
         values = flat[index.to(flat.device)].to("cpu", torch.bfloat16).view(torch.int16)
@@ -133,14 +161,35 @@ def weights_fingerprint(model: torch.nn.Module) -> str:
 def describe_pretrained(
     name: str, trust_remote_code: bool = False, attention_unit: AttentionUnit | None = None
 ) -> tuple[Description, PreTrainedConfig]:
-    """What can be pruned in a model, from its configuration alone: it is built on the meta device, without weights."""
+    """What can be pruned in a model, from its configuration alone."""
+    found = _described(name, trust_remote_code, attention_unit)
+    return found.description, found.config
+
+
+def describe_selected(
+    name: str,
+    trust_remote_code: bool = False,
+    units: Collection[str] | None = None,
+    attention_unit: AttentionUnit | None = None,
+    keep: Collection[str] = (),
+) -> Described:
+    """The same with what a run prunes alone: `units` are the kinds to prune (Description.only), None: all that there
+    are; `attention_unit` says what those of attention are, `keep` which layers stay whole (Description.keeping)."""
+    found = _described(name, trust_remote_code, attention_unit)
+    description = found.description if units is None else found.description.only(units)
+    description.check_attention(attention_unit)
+    return replace(found, description=description.keeping(keep))
+
+
+def _described(name: str, trust_remote_code: bool, attention_unit: AttentionUnit | None) -> Described:
+    """Builds the model on the meta device, without weights."""
     config = load_config_of(name, trust_remote_code)
     with torch.device("meta"):
         skeleton = _one_line(
             lambda: build(config, trust_remote_code),
             f"cannot build {name} from its configuration",
         )
-    return describe(skeleton, attention_unit), config
+    return Described(skeleton, describe(skeleton, attention_unit), config)
 
 
 def load_config_of(name: str, trust_remote_code: bool) -> PreTrainedConfig:

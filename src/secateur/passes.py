@@ -16,8 +16,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from secateur.attach import attached
 from secateur.files import InputError
 from secateur.gates import by_group
-from secateur.objective import distillation_loss
+from secateur.objective import KeptWords, distillation_loss, kept_distillation_loss
 from secateur.recipes import Recipe
+from secateur.teacher import Exactness, TeacherCache
 from secateur.units import Group
 from secateur.vocabulary import Vocabulary
 
@@ -34,6 +35,8 @@ class Found:
     """Of the loss, by z."""
     dense_ce: Callable[[], float]
     """Computes the unpruned model's L_ce, from its hidden states."""
+    teacher_rest: float | None = None
+    """Of a teacher that is kept on disk, the mean mass of the words that are left out."""
 
 
 class Passes:
@@ -46,9 +49,11 @@ class Passes:
         recipe: Recipe,
         teacher: PreTrainedModel | None = None,
         gradient_checkpointing: bool = False,
+        cache: TeacherCache | None = None,
     ) -> None:
         self.model, self.groups, self.recipe = model, groups, recipe
         self.gradient_checkpointing = gradient_checkpointing
+        self.cache = cache
         self.student = Vocabulary(model)
         self.teacher = self.student if teacher is None else Vocabulary(teacher)
 
@@ -56,6 +61,8 @@ class Passes:
         """Teacher, student, and the gradient by z; `gates_of` makes of z what the student is multiplied by."""
         z_N, recipe = z_N.clone().requires_grad_(), self.recipe
         gate_N, ids_BT = gates_of(z_N), ids_BT.to(z_N.device)
+        if self.cache is not None:
+            return self._over_kept(self.cache.of(ids_BT, self.teacher), ids_BT, z_N, gate_N)
         student, teacher = self.student, self.teacher
         with torch.no_grad():
             teacher_BTD = teacher.hidden(ids_BT)
@@ -73,6 +80,31 @@ class Passes:
             return distillation_loss(teacher_BTD, teacher_BTD, ids_BT, 0.0, 1.0, *heads)[1].item()
 
         return Found(loss.item(), ce.item(), kl.item(), grad_N, dense_ce)
+
+    def _over_kept(self, words: KeptWords, ids_BT: torch.Tensor, z_N: torch.Tensor, gate_N: torch.Tensor) -> Found:
+        """The same by a teacher's distributions that are kept on disk."""
+        kd_weight, temperature = self.recipe.kd_weight, self.recipe.kd_temperature
+        with attached(self.model, self.groups, by_group(gate_N, self.groups)):
+            with recomputing(self.model, self.gradient_checkpointing):
+                student_BTD = self.student.hidden(ids_BT)
+            loss, ce, kl = kept_distillation_loss(student_BTD, words, ids_BT, kd_weight, temperature, self.student.head)
+            (grad_N,) = torch.autograd.grad(loss, z_N)
+        rest = words.mean(words.rest_R.exp(), ids_BT)
+        return Found(loss.item(), ce.item(), kl.item(), grad_N, lambda: -words.mean(words.label_R, ids_BT), rest)
+
+    @torch.no_grad()
+    def exactness(self, ids_BT: torch.Tensor, gate_N: torch.Tensor) -> Exactness | None:
+        """What the words that are not kept cost on some rows, with these gates; None where the teacher is asked."""
+        if self.cache is None:
+            return None
+        ids_BT, temperature = ids_BT.to(gate_N.device), self.recipe.kd_temperature
+        words, teacher_BTD = self.cache.of(ids_BT, self.teacher), self.teacher.hidden(ids_BT)
+        with attached(self.model, self.groups, by_group(gate_N, self.groups)):
+            student_BTD = self.student.hidden(ids_BT)
+            kl = kept_distillation_loss(student_BTD, words, ids_BT, 1.0, temperature, self.student.head)[2]
+            heads = self.student.head, self.teacher.head
+            exact = distillation_loss(student_BTD, teacher_BTD, ids_BT, 1.0, temperature, *heads)[2]
+        return Exactness(words.mean(words.rest_R.exp(), ids_BT), kl.item(), exact.item())
 
 
 @contextmanager
