@@ -71,6 +71,8 @@ class Footprint:
     """A chunk of logits: student's, teacher's and gradient, and the head's weights in the dtype of the products."""
     passing: int
     """What comes and goes beyond these, at the most."""
+    layer: int
+    """What a layer keeps for its own backward pass."""
 
     @property
     def total(self) -> int:
@@ -93,7 +95,9 @@ def footprint(
     `kind` of device: "cpu" or "other"."""
     ALL_EXPERTS_FUNCTIONS.register(EVENLY, _evenly)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
-        model = build(config, trust_remote_code).to(dtype).eval().requires_grad_(False)
+        model = build(config, trust_remote_code).eval().requires_grad_(False)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
         ids_BT = torch.zeros((batch, tokens), dtype=torch.long)
         z_N = torch.zeros(sum(g.units for g in groups), requires_grad=True)
         ledger = Ledger()
@@ -125,10 +129,12 @@ def _step(
             logits += words * student_BTD.shape[-1] * products.itemsize
         ledger.add(logits)
         ledger.add(-logits)
+        most, ledger.peak = ledger.peak, ledger.live
         grad_BTD = torch.empty_like(student_BTD)
         torch.autograd.grad(student_BTD, z_N, grad_BTD)
+    layer = ledger.peak - kept if checkpointing else kept // model.config.num_hidden_layers
     del teacher_BTD
-    return Footprint(kept, logits, max(0, ledger.peak - kept - logits))
+    return Footprint(kept, logits, max(0, most - kept - logits, ledger.peak - kept - logits), layer)
 
 
 def _device_type(kind: str) -> str:

@@ -147,8 +147,8 @@ def weight_of(model: torch.nn.Module, name: str) -> torch.Tensor:
 
 
 def weights_fingerprint(model: torch.nn.Module, names: Iterable[str]) -> str:
-    """Hash of a sample of each of these weights, by which gates know the model they were learned on; the same in any dtype from
-    bfloat16 up, on disk or not."""
+    """Hash of a sample of each of these weights, by which gates know the model they were learned on; the same in any
+    dtype from bfloat16 up, on disk or not."""
     digest = hashlib.sha256()
     for name in names:
         flat = weight_of(model, name).flatten()
