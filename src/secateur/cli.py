@@ -85,7 +85,10 @@ def estimate(options: Estimate) -> None:
     """`secateur estimate`."""
     from secateur import estimate as estimating
 
-    config = Config(**{f.name: getattr(options, f.name) for f in fields(Config)})
+    values = {f.name: getattr(options, f.name) for f in fields(Config)}
+    if options.sparsity is None and not options.budget and options.sweep is None:
+        values["sparsity"] = 0.5
+    config = Config(**values)
     found = estimating.estimate(config, options.hardware)
     for table in estimating.tables(found):
         console.print(table)

@@ -45,7 +45,7 @@ class Inspect:
 @dataclass
 class Estimate(Config):
     """Estimate what `prune` would take with these settings: memory by part, tokens a second, hours. Downloads nothing
-    but the configuration. Exit code 2 where it would not fit.
+    but the configuration. Without `--sparsity` half of the units go. Exit code 2 where it would not fit.
 
     Example: secateur estimate Qwen/Qwen3-8B --hardware A100-80GB --batch-size 16
     """
@@ -55,10 +55,7 @@ class Estimate(Config):
     MI300X, by their data sheets."""
 
     def __post_init__(self) -> None:
-        """Checks the settings as `prune` does; without a size asked for, half of the units go."""
-        if self.sparsity is None and not self.budget and self.sweep is None:
-            self.sparsity = 0.5
-        super().__post_init__()
+        """Leaves it to `estimate`, as `Prune` does."""
 
 
 @dataclass
