@@ -171,6 +171,10 @@ class Config:
     What that costs in exactness is said at the end."""
     teacher_top_k: int = 64
     """Words a position that `--teacher cache` keeps; each takes 8 bytes."""
+    offload: Literal["none", "cpu", "disk"] = "none"
+    """While gates are learned, leave the decoder layers' weights in the processor's memory, or on disk (in the model's
+    own files, if these hold them as they are used), and bring each to the device when it is needed: for models that do
+    not fit there. Implies --gradient-checkpointing. Verification and evaluation need the memory all the same."""
     gradient_checkpointing: bool = False
     """While gates are learned, compute layers once more in the backward pass instead of keeping what they computed:
     less memory, more time, the same gates."""
@@ -217,6 +221,7 @@ class Config:
             raise InputError(f"--kd-weight must be at least 0, not {self.kd_weight}")
         if not re.fullmatch(r"\d+(\.\d+)? *([KMGT]i?B|B)?", self.max_shard_size, flags=re.IGNORECASE):
             raise InputError(f"--max-shard-size is a size such as 5GB or 500MB, not {self.max_shard_size!r}")
+        self.gradient_checkpointing = self.gradient_checkpointing or self.offload != "none"  # autograd keeps weights
         policy = policy_of(self.shape)
         self.shape = str(policy)
         self.keep = kept_words(self.keep)
@@ -244,6 +249,8 @@ class Config:
                 raise InputError(f"{option} is a setting of learning, and --method {self.method} learns nothing")
         if not self.binarise:
             raise InputError(f"--no-binarise is a setting of learning, and --method {self.method} learns nothing")
+        if self.offload != "none":
+            raise InputError(f"--offload is for learning, and --method {self.method} learns nothing")
         if self.teacher == "cache":
             raise InputError(f"--teacher cache is a setting of learning, and --method {self.method} learns nothing")
         if self.method == "sensitivity" and self.recipe == "paper":

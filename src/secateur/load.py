@@ -66,20 +66,25 @@ def load(
     trust_remote_code: bool,
     offload: Path | None = None,
     described: Described | None = None,
+    layers_on: str | None = None,
 ) -> Loaded:
     """Loads a causal LM and its tokenizer, in eval mode and without gradients. Raises InputError with one line.
 
     With a folder to `offload` to, weights stay on disk, where accelerate reads each one when it is needed
     (`weight_of`): in the model's own files, or in this folder where transformers converts them. `described` is what is
-    known of the model already (`describe_selected`).
+    known of the model already (`describe_selected`). With `layers_on` "cpu" or "disk" only the decoder layers lie there
+    (`--offload`), and come to the device one linear map after the other, whenever they are used.
     """
     where = _source(name)
     described = described or describe_selected(name, trust_remote_code)  # before any weight is read
     config, target = described.config, pick_device(device)
     in_memory = learning_dtype(described, target, dtype)
-    wanted = described.checkpoint_dtype if offload else in_memory
-    on_disk = {} if offload is None else {"device_map": {"": "disk"}, "offload_folder": str(offload)}
-    model = read_model(name, config, wanted, trust_remote_code, **on_disk)
+    if layers_on == "cpu" and target.type == "cpu":
+        raise InputError("--offload cpu is for accelerators, and this run learns on the CPU; say --offload disk")
+    wanted = in_memory if offload is None or layers_on else described.checkpoint_dtype
+    places = _places(described, str(target), layers_on) if layers_on else {"": "disk"}
+    placed = {} if offload is None else {"device_map": places, "offload_folder": str(offload)}
+    model = read_model(name, config, wanted, trust_remote_code, **placed)
     tokenizer = _one_line(
         lambda: AutoTokenizer.from_pretrained(**where, trust_remote_code=trust_remote_code),
         f"cannot load the tokenizer of {name}",
@@ -91,6 +96,13 @@ def load(
         for buffer in (b for b in model.buffers() if b.dtype == wanted):
             buffer.data = buffer.data.to(in_memory)
     return Loaded(model, tokenizer, described.description, described.checkpoint_dtype)
+
+
+def _places(described: Described, device: str, layers_on: str) -> dict[str, str]:
+    """Where each module is to lie when the decoder layers lie elsewhere: all others are named, as accelerate wants."""
+    layers = described.description.layers
+    others = [n for n, m in described.model.named_modules() if not list(m.children()) and not n.startswith(f"{layers}.")]
+    return {**dict.fromkeys(others, device), layers: layers_on}
 
 
 def learning_dtype(described: Described, device: torch.device, dtype: str) -> torch.dtype:

@@ -1,5 +1,6 @@
 """A run with what its stages share, loaded when first needed: the dense model and the token blocks."""
 
+import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -8,6 +9,7 @@ from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import finalize
 
 import torch
 from transformers import PreTrainedModel
@@ -20,7 +22,7 @@ from secateur.data import SELF, Blocks, load_blocks
 from secateur.describe import Description
 from secateur.evaluate import mean_loss, windows
 from secateur.experts import is_fused
-from secateur.files import InputError, read_json, scratch_folder, write_json
+from secateur.files import InputError, read_json, remove, scratch_folder, write_json
 from secateur.gates import Gates, architecture_fingerprint, load_gates
 from secateur.guard import Guard, read_guards
 from secateur.hardware import free_memory
@@ -87,6 +89,8 @@ class Session:
     """Leave the dense weights on disk (`--low-memory`); also where they would not fit in memory."""
     offload: Path | None = None
     """Where meanwhile, if they are converted when they are read."""
+    learning: bool = False
+    """Whether gates are being learned, for which `--offload` holds."""
     _warned_of: set[Path] = field(default_factory=set)
 
     def autocast(self) -> torch.autocast:
@@ -106,7 +110,18 @@ class Session:
         for data in {c.data, c.eval_data, *guards} - {SELF, None}:
             local_files(str(data))  # a wrong path shows before a large model is loaded
         with self.timed("load"):
-            return load(c.model, c.device, c.dtype, c.trust_remote_code, self.offload, self.described)
+            if not self.learning or c.offload == "none":
+                return load(c.model, c.device, c.dtype, c.trust_remote_code, self.offload, self.described)
+            folder = self.run.folder / f".weights.{os.getpid()}.tmp"
+            finalize(self, remove, folder)
+            return load(c.model, c.device, c.dtype, c.trust_remote_code, folder, self.described, c.offload)
+
+    def whole(self) -> None:
+        """Loads the dense model, all of it, for what comes after learning."""
+        if self.learning and self.config.offload != "none":
+            vars(self).pop("loaded", None)
+        self.learning = False
+        _model = self.loaded
 
     @cached_property
     def described(self) -> Described:

@@ -49,6 +49,7 @@ class VerificationFailed(RuntimeError):
 
 def learn_stage(session: Session) -> Gates:
     """Learns or scores the gates: RUN/gates.safetensors, metrics.jsonl a line a learning step."""
+    session.learning = True
     run, limits, _known = session.run, budget_of(session), (session.given, session.blocks, session.guards)
     with session.timed("learn"):
         gates = find_gates(session, limits)
@@ -371,6 +372,7 @@ def remaining_stages(session: Session) -> dict[str, Any]:
         return sweep_stages(session)
     if not run.gates.exists():
         # What is wrong is better known before learning, and before the model writes itself a text.
+        session.learning = True
         _known = session.tasks, budget_of(session), session.given, session.evaluation_windows, session.guards
         learn_stage(session)
     session.checkpoints(run.checkpoints).left_over(run.config.steps)
@@ -379,7 +381,7 @@ def remaining_stages(session: Session) -> dict[str, Any]:
         plan_stage(session)
     verified = run.verify.exists() and read_json(run.verify, f"secateur verify {run.folder}")["passed"]
     if not run.model.is_dir() or (updates_of(run.model) and not verified):
-        _dense = session.loaded  # which all that follows needs
+        session.whole()  # which all that follows needs
         export_stage(session)
         verified = False
     if not verified:
