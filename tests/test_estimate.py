@@ -120,6 +120,17 @@ def test_settings_that_would_fit_are_tried_in_turn(big, capsys):
     assert "--gradient-checkpointing --dtype bfloat16 --batch-size 1 --steps 16000 would (" in said
 
 
+def test_offloaded_layers_leave_room_and_take_time(big):
+    plain = estimated(big, gradient_checkpointing=True)
+    offloaded = estimated(big, offload="cpu")
+    assert offloaded.config.gradient_checkpointing
+    less = sum(plain.memory["learn"].values()) - sum(offloaded.memory["learn"].values())
+    assert less == pytest.approx(2 * plain.in_layers * 7 / 8)
+    small = {"batch_size": 1, "seq_len": 128, "steps": 10}
+    hours = [sum(map(e.seconds, e.stages)) for e in (estimated(big, **small), estimated(big, **small, offload="cpu"))]
+    assert hours[1] > 2 * hours[0], "weights come slower than a small step uses them"
+
+
 def test_bad_input_is_one_line(big, capsys):
     assert "--hardware abacus is not known; there are present, A100-40GB" in complaint(
         capsys, "estimate", big, "--hardware", "abacus"

@@ -32,6 +32,9 @@ HEAP = 6
 """Layers whose activations a CPU's allocator keeps though they are gone: measured with glibc on SmolLM2-135M;
 where it is told to give large blocks back (MALLOC_MMAP_THRESHOLD_=262144), there are none."""
 
+LINK = {"cpu": 25e9, "disk": 2e9}
+"""Bytes a second that offloaded weights come at: over PCIe 4 × 16, from an NVMe disk."""
+
 USABLE = 0.95
 """Share of a device's memory that allocations can fill; the rest is lost between them."""
 
@@ -89,6 +92,12 @@ class Estimate:
         self.kept = self.parameters - asked * self.description.unit_parameters
         self.dtype = learning_dtype(described, torch.device("cpu" if hardware.kind == "cpu" else "meta"), config.dtype)
 
+    @property
+    def in_layers(self) -> int:
+        """Parameters of the decoder layers."""
+        inside = f"{self.description.layers}."
+        return sum(prod(shape) for name, shape in self.description.shapes.items() if name.startswith(inside))
+
     @cached_property
     def step(self) -> Footprint:
         """Activations of a learning step."""
@@ -104,6 +113,10 @@ class Estimate:
         c, units = self.config, sum(g.units for g in self.description.groups)
         dense = float(self.dtype.itemsize * self.parameters)
         weights = {"weights, which are the teacher's, too": dense, "libraries": LIBRARIES}
+        learning = weights
+        if c.offload != "none":
+            present = dense - self.dtype.itemsize * self.in_layers * (1 - 1 / self.description.layer_count)
+            learning = {f"weights but for layers on {c.offload}": present, "libraries": LIBRARIES}
         step = {
             "activations": float(self.step.activations),
             "a chunk of logits": float(self.step.logits),
@@ -113,7 +126,7 @@ class Estimate:
             step["freed, but not given back"] = float(HEAP * self.step.layer)
         found = {}
         if c.method not in ONE_SHOT:
-            found["learn"] = weights | step | {"gates and their optimiser": 40.0 * units}
+            found["learn"] = learning | step | {"gates and their optimiser": 40.0 * units}
         found["verify"] = {
             "weights in float32": 4.0 * self.parameters, "the export's": 4.0 * self.kept, "libraries": LIBRARIES
         }  # fmt: skip
@@ -178,7 +191,9 @@ class Estimate:
         by_flops = stage.flops / (self.hardware.rate * UTILISATION[self.hardware.kind])
         rows = max(1, self.config.batch_size * self.config.seq_len)
         by_bytes = 3 * self.parameters * self.dtype.itemsize * stage.tokens / rows / self.hardware.bandwidth
-        return max(by_flops, by_bytes)
+        offloaded = self.config.offload if stage.name in ("learning", "sensitivity") else "none"
+        by_link = 3 * self.in_layers * self.dtype.itemsize * stage.tokens / rows / LINK.get(offloaded, float("inf"))
+        return max(by_flops, by_bytes, by_link)
 
 
 # --- hardware --------------------------------------------------------------------------------------------------------
@@ -286,6 +301,9 @@ def _smaller(found: Estimate) -> Iterator[tuple[str, Estimate]]:
     if c.batch_size > 1:
         steps = c.steps * c.batch_size
         changes.append((f"--batch-size 1 --steps {steps}", {"batch_size": 1, "steps": steps, "learning": None}))
+    if c.offload == "none":
+        where = "disk" if found.hardware.kind == "cpu" else "cpu"
+        changes.append((f"--offload {where}", {"offload": where}))
     for word, change in changes:
         c, words = replace(c, **change), f"{words} {word}".strip()  # type: ignore[arg-type]
         yield words, Estimate(c, found.described, found.hardware, found.products)

@@ -101,7 +101,9 @@ def load(
 def _places(described: Described, device: str, layers_on: str) -> dict[str, str]:
     """Where each module is to lie when the decoder layers lie elsewhere: all others are named, as accelerate wants."""
     layers = described.description.layers
-    others = [n for n, m in described.model.named_modules() if not list(m.children()) and not n.startswith(f"{layers}.")]
+    others = [
+        n for n, m in described.model.named_modules() if not list(m.children()) and not n.startswith(f"{layers}.")
+    ]
     return {**dict.fromkeys(others, device), layers: layers_on}
 
 
