@@ -22,6 +22,7 @@ from secateur import vocabulary
 from secateur.budget import make_budget
 from secateur.load import autocast, load
 from secateur.recipes import RECIPES
+from secateur.speed import lowered, memory_kept
 
 WAYS = ("chunks", "at once", "by the book")
 
@@ -43,6 +44,11 @@ def resident(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
+def forget_peak() -> None:
+    """VmHWM begins anew."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 def child(options: argparse.Namespace) -> None:
     """Takes the step one way; prints what the process held before, what at most, and the loss."""
     loaded = load(options.model, "cpu", "auto", trust_remote_code=False)
@@ -55,9 +61,10 @@ def child(options: argparse.Namespace) -> None:
     if options.way == "by the book":
         learning.distillation_loss = by_the_book
     losses: list[float] = []
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far, which is that of loading, is forgotten
+    forget_peak()  # which is that of loading
     before = resident("VmRSS")
-    with autocast(model.device, options.precision):
+    model.requires_grad_(False)
+    with autocast(model.device, options.precision), memory_kept(), lowered(model):
         learning.learn(
             model, groups, ids_NT, ids_NT[:1], limits, RECIPES["paper"](1), steps=1,
             batch_size=options.batch_size, gradient_checkpointing=options.checkpointing,

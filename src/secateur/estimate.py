@@ -226,11 +226,14 @@ def _present(config: Config, described: Described) -> tuple[Hardware, torch.dtyp
         properties = torch.cuda.get_device_properties(device)
         name, memory = properties.name, float(torch.cuda.mem_get_info(device)[0])
     with context:
-        rate = _rate(described, device, dtype, config.batch_size * config.seq_len)
+        rate = _rate(described, device, dtype, products, config.batch_size * config.seq_len)
     return Hardware(name, memory, rate, _bandwidth(device), kind), products
 
 
-def _rate(described: Described, device: torch.device, dtype: torch.dtype, rows: int, seconds: float = 1.0) -> float:
+def _rate(
+    described: Described, device: torch.device, dtype: torch.dtype, products: torch.dtype, rows: int,
+    seconds: float = 1.0,
+) -> float:  # fmt: skip
     """FLOPs a second of the model's own linear maps, those of a layer and the head, as each is used."""
     description = described.description
     shapes: dict[tuple[int, ...], int] = {}
@@ -242,7 +245,8 @@ def _rate(described: Described, device: torch.device, dtype: torch.dtype, rows: 
     most = ROWS_AT_ONCE["cpu" if device.type == "cpu" else "other"]
     for shape, count in shapes.items():
         used = min(rows, most if shape == head else 4096)
-        x, weight = (torch.randn(size, device=device).to(dtype) for size in ((used, shape[1]), shape))
+        x = torch.randn((used, shape[1]), device=device).to(dtype)
+        weight = torch.randn(shape, device=device).to(products)
         F.linear(x, weight)
         start, times = time.perf_counter(), 0
         while time.perf_counter() - start < seconds / len(shapes):

@@ -25,6 +25,7 @@ from secateur.attach import attached
 from secateur.families import build
 from secateur.gates import by_group
 from secateur.passes import recomputing
+from secateur.speed import lowered
 from secateur.units import Group
 from secateur.vocabulary import Head
 
@@ -66,7 +67,8 @@ class Footprint:
     """Bytes that a learning step takes beside weights, gates and their optimiser."""
 
     activations: int
-    """What the student's layers keep for the backward pass, with the teacher's hidden states."""
+    """What the student's layers keep for the backward pass, with the teacher's hidden states and, under autocast, the
+    weights in the dtype of the products."""
     logits: int
     """A chunk of logits: student's, teacher's and gradient, and the head's weights in the dtype of the products."""
     passing: int
@@ -101,9 +103,9 @@ def footprint(
         ids_BT = torch.zeros((batch, tokens), dtype=torch.long)
         z_N = torch.zeros(sum(g.units for g in groups), requires_grad=True)
         ledger = Ledger()
-        lowered = torch.autocast("cpu", products, enabled=products != dtype, cache_enabled=False)
+        context = torch.autocast("cpu", products, enabled=products != dtype, cache_enabled=False)
         before = experts.forward
-        with ledger, lowered:
+        with ledger, context, lowered(model):
             ALL_EXPERTS_FUNCTIONS[experts.IMPLEMENTATION] = _evenly
             try:
                 return _step(model, groups, ids_BT, z_N, ledger, products, checkpointing, kind)

@@ -24,6 +24,7 @@ from secateur.policy import policy_of
 from secateur.recipes import Recipe, tie_of
 from secateur.run import recorded, versions
 from secateur.session import Session
+from secateur.speed import lowered, memory_kept
 from secateur.teacher import TeacherCache
 from secateur.wanted import TIMES, read_budgets
 
@@ -164,7 +165,8 @@ def learned_gates(session: Session, limits: Budget, about: dict[str, Any], part:
     def hear(step: Step) -> None:
         session.progress.step(replace(step, step=part.first + step.step))
 
-    with recorded(run.metrics, c.checkpoint_every, hear) as on_step:
+    loaded.model.requires_grad_(False)
+    with memory_kept(), lowered(loaded.model), recorded(run.metrics, c.checkpoint_every, hear) as on_step:
         try:
             learned = learn(
                 loaded.model,
