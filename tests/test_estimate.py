@@ -117,7 +117,7 @@ def test_what_does_not_fit_is_refused_with_settings_that_would(big, capsys):
 def test_settings_that_would_fit_are_tried_in_turn(big, capsys):
     words = ["estimate", big, "--hardware", "A100-80GB", "--dtype", "float32", "--seq-len", 16384, "--batch-size", 16]
     said = complaint(capsys, *words)
-    assert "--gradient-checkpointing --dtype bfloat16 --batch-size 1 --steps 16000 would (" in said
+    assert "--gradient-checkpointing --dtype bfloat16 --micro-batch-size 1 would (" in said
 
 
 def test_offloaded_layers_leave_room_and_take_time(big):

@@ -60,3 +60,5 @@ def test_what_makes_no_sense_is_one_line(made, tmp_path, capsys):
     assert "--offload cpu is for accelerators" in said and "--offload disk" in said
     said = complaint(capsys, *prune_arguments(*made, tmp_path / "b", offload="disk", method="magnitude"))
     assert "--offload is for learning" in said
+    said = complaint(capsys, *prune_arguments(*made, tmp_path / "c", offload="disk"), "--shard")
+    assert "leave it or --offload out" in said

@@ -76,9 +76,9 @@ def run(tmp_path):
 def never_loaded(monkeypatch):
     """Whatever reads all weights into memory fails."""
 
-    def refuse(name, device, dtype, trust, offload=None, described=None):
+    def refuse(name, device, dtype, trust, offload=None, *more):
         assert offload is not None, "the model was loaded"
-        return load(name, device, dtype, trust, offload, described)
+        return load(name, device, dtype, trust, offload, *more)
 
     monkeypatch.setattr(sessions, "load", refuse)
 

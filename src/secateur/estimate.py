@@ -93,6 +93,11 @@ class Estimate:
         self.dtype = learning_dtype(described, torch.device("cpu" if hardware.kind == "cpu" else "meta"), config.dtype)
 
     @property
+    def rows(self) -> int:
+        """Sequences that go through the model at once."""
+        return self.config.micro_batch_size or self.config.batch_size
+
+    @property
     def in_layers(self) -> int:
         """Parameters of the decoder layers."""
         inside = f"{self.description.layers}."
@@ -103,7 +108,7 @@ class Estimate:
         """Activations of a learning step."""
         c = self.config
         return footprint(
-            self.described.config, self.description.groups, c.batch_size, c.seq_len, self.dtype, self.products,
+            self.described.config, self.description.groups, self.rows, c.seq_len, self.dtype, self.products,
             c.gradient_checkpointing, self.hardware.kind, c.trust_remote_code,
         )  # fmt: skip
 
@@ -189,7 +194,7 @@ class Estimate:
     def seconds(self, stage: Stage) -> float:
         """By the rate of products, and by the weights that each pass reads."""
         by_flops = stage.flops / (self.hardware.rate * UTILISATION[self.hardware.kind])
-        rows = max(1, self.config.batch_size * self.config.seq_len)
+        rows = self.rows * self.config.seq_len
         by_bytes = 3 * self.parameters * self.dtype.itemsize * stage.tokens / rows / self.hardware.bandwidth
         offloaded = self.config.offload if stage.name in ("learning", "sensitivity") else "none"
         by_link = 3 * self.in_layers * self.dtype.itemsize * stage.tokens / rows / LINK.get(offloaded, float("inf"))
@@ -302,9 +307,8 @@ def _smaller(found: Estimate) -> Iterator[tuple[str, Estimate]]:
         changes.append(("--gradient-checkpointing", {"gradient_checkpointing": True}))
     if found.dtype == torch.float32:
         changes.append(("--dtype bfloat16", {"dtype": "bfloat16"}))
-    if c.batch_size > 1:
-        steps = c.steps * c.batch_size
-        changes.append((f"--batch-size 1 --steps {steps}", {"batch_size": 1, "steps": steps, "learning": None}))
+    if found.rows > 1:
+        changes.append(("--micro-batch-size 1", {"micro_batch_size": 1}))
     if c.offload == "none":
         where = "disk" if found.hardware.kind == "cpu" else "cpu"
         changes.append((f"--offload {where}", {"offload": where}))

@@ -67,13 +67,15 @@ def load(
     offload: Path | None = None,
     described: Described | None = None,
     layers_on: str | None = None,
+    spread: bool = False,
 ) -> Loaded:
     """Loads a causal LM and its tokenizer, in eval mode and without gradients. Raises InputError with one line.
 
     With a folder to `offload` to, weights stay on disk, where accelerate reads each one when it is needed
     (`weight_of`): in the model's own files, or in this folder where transformers converts them. `described` is what is
     known of the model already (`describe_selected`). With `layers_on` "cpu" or "disk" only the decoder layers lie there
-    (`--offload`), and come to the device one linear map after the other, whenever they are used.
+    (`--offload`), and come to the device one linear map after the other, whenever they are used. `spread`: the model
+    stays on the CPU, in the dtype of the device, over several of which it is to be spread (sharding.py).
     """
     where = _source(name)
     described = described or describe_selected(name, trust_remote_code)  # before any weight is read
@@ -91,7 +93,7 @@ def load(
     )
     model = model.eval().requires_grad_(False)
     if offload is None:
-        model = model.to(target)
+        model = model if spread else model.to(target)
     else:  # buffers are in memory all the same, and are exported as they are there
         for buffer in (b for b in model.buffers() if b.dtype == wanted):
             buffer.data = buffer.data.to(in_memory)

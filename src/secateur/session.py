@@ -38,6 +38,7 @@ from secateur.load import (
     weights_fingerprint,
 )
 from secateur.optimise import Step
+from secateur.ranks import here
 from secateur.recover import RecoveryStep
 from secateur.run import Run
 from secateur.selftext import self_written
@@ -95,7 +96,9 @@ class Session:
 
     def autocast(self) -> torch.autocast:
         """The context that passes of learning run in (`--precision`)."""
-        return autocast(next(self.loaded.model.parameters()).device, self.config.precision)
+        own = next(self.loaded.model.parameters()).device
+        spread = self.config.shard and here().count > 1
+        return autocast(pick_device(self.config.device) if spread else own, self.config.precision)
 
     @property
     def config(self) -> Config:
@@ -111,7 +114,8 @@ class Session:
             local_files(str(data))  # a wrong path shows before a large model is loaded
         with self.timed("load"):
             if not self.learning or c.offload == "none":
-                return load(c.model, c.device, c.dtype, c.trust_remote_code, self.offload, self.described)
+                where = self.offload, self.described, None, c.shard
+                return load(c.model, c.device, c.dtype, c.trust_remote_code, *where)
             folder = self.run.folder / f".weights.{os.getpid()}.tmp"
             finalize(self, remove, folder)
             return load(c.model, c.device, c.dtype, c.trust_remote_code, folder, self.described, c.offload)
