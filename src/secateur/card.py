@@ -133,9 +133,11 @@ def arrival(results: Mapping[str, Any]) -> str:
     budgets = ", ".join(b["budget"] for b in results["rounding"].get("budgets", ()))
     units = "units' parameters" + outside(results.get("keep", ()))
     may_stay = f"{allowed:.2%} of the {units} may stay" + (f" for {budgets}" if budgets else "")
+    kept = f"budget: {may_stay}, {results['rounding']['kept']:.2%} do"
+    if before is None or after is None:
+        return f"{kept}; the held-out loss was not measured"
     if results.get("method") in ONE_SHOT:
-        kept = results["rounding"]["kept"]
-        return f"budget: {may_stay}, {kept:.2%} do; held-out loss {after:.4f}"
+        return f"{kept}; held-out loss {after:.4f}"
     return (
         f"budget: {may_stay}, {opened:.2%} were open as learned; holding the gates to it {when} changed the held-out "
         f"loss from {before:.4f} to {after:.4f} nats a token"
@@ -146,7 +148,7 @@ def warnings(results: Mapping[str, Any]) -> list[str]:
     """What a user should know before trusting the model, from the content of eval.json."""
     before, after, _opened, _when = _last_step(results)
     found = []
-    if after - before > COSTLY:
+    if before is not None and after is not None and after - before > COSTLY:
         remedy = "more steps, or the default recipe, arrive closer by themselves"
         if results.get("other_size"):
             remedy = "they were learned for another size, and `secateur prune MODEL --gates FILE --steps N` tunes them"
@@ -199,7 +201,7 @@ def _task_warnings(tasks: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _last_step(results: Mapping[str, Any]) -> tuple[float, float, float, str]:
+def _last_step(results: Mapping[str, Any]) -> tuple[float | None, float | None, float, str]:
     """Held-out loss before and after the gates are held to the budget, the share open before, and when that was."""
     fixing, rounding = results["fixing"], results["rounding"]
     if fixing is not None:

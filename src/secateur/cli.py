@@ -19,6 +19,7 @@ from secateur.config import Config
 from secateur.files import InputError
 from secateur.measure import Bench
 from secateur.options import (
+    Estimate,
     Eval,
     Export,
     Inspect,
@@ -91,6 +92,20 @@ def inspect(options: Inspect) -> None:
         console.print(routing_table(found, tokens, options.data))
 
 
+def estimate(options: Estimate) -> None:
+    """`secateur estimate`."""
+    from secateur import estimate as estimating
+
+    values = {f.name: getattr(options, f.name) for f in fields(Config)}
+    if options.sparsity is None and not options.budget and options.sweep is None:
+        values["sparsity"] = 0.5
+    config = Config(**values)
+    found = estimating.estimate(config, options.hardware)
+    for table in estimating.tables(found):
+        console.print(table)
+    estimating.check_fit(found)
+
+
 def learn(options: Learn) -> None:
     """`secateur learn`."""
     from secateur import ranks
@@ -113,12 +128,13 @@ def plan(options: Plan) -> None:
     from secateur.planning import said, show
     from secateur.sizes import plan_size
 
+    low = options.low_memory
     if options.compare:
-        return show(console, *_staged(_open(options.run), "compare_shapes", shape=options.shape))
+        return show(console, *_staged(_open(options.run), "compare_shapes", low, shape=options.shape))
     if asked := _asked(options):
-        size, rounding = _staged(_open(options.run, sweeps=True), plan_size, shape=options.shape, **asked)
+        size, rounding = _staged(_open(options.run, sweeps=True), plan_size, low, shape=options.shape, **asked)
         return console.print(f"{said(rounding)}\nwrote {size.run.plan}", markup=False, soft_wrap=True)
-    rounding, beside = _staged(_open(options.run), "plan_beside_ragged", shape=options.shape)
+    rounding, beside = _staged(_open(options.run), "plan_beside_ragged", low, shape=options.shape)
     console.print(said(rounding))
     if beside is not None:
         console.print(beside, markup=False)
@@ -127,7 +143,7 @@ def plan(options: Plan) -> None:
 
 def export(options: Export) -> None:
     """`secateur export`."""
-    asked = _asked(options)
+    asked, low = _asked(options), options.low_memory
     run = _open(options.run, sweeps=bool(asked or options.pick))
     if options.pick is not None:
         from secateur.pareto import compare_sizes, picked
@@ -140,7 +156,7 @@ def export(options: Export) -> None:
     if asked:
         from secateur.sizes import export_size
 
-        run = _staged(run, export_size, shape=options.shape, low_memory=options.low_memory, **asked)
+        run = _staged(run, export_size, low, shape=options.shape, **asked)
         console.print(f"wrote {run.model}; go on with `secateur verify {run.folder}`", markup=False, soft_wrap=True)
         if options.format == "hf":
             return None
@@ -149,9 +165,9 @@ def export(options: Export) -> None:
         from secateur.equivalence import gguf_stage
 
         kind, shape = options.gguf_type, options.shape
-        path, written = _staged(run, gguf_stage, kind=kind, shape=shape, low_memory=options.low_memory)
+        path, written = _staged(run, gguf_stage, low, kind=kind, shape=shape)
         return console.print(f"wrote {path} ({written})", markup=False, soft_wrap=True)
-    _staged(run, "export_stage", shape=options.shape, low_memory=options.low_memory)
+    _staged(run, "export_stage", low, shape=options.shape)
     return console.print(f"wrote {run.model}", markup=False, soft_wrap=True)
 
 
@@ -225,6 +241,7 @@ def push(options: Push) -> None:
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "prune": (Prune, prune),
     "inspect": (Inspect, inspect),
+    "estimate": (Estimate, estimate),
     "learn": (Learn, learn),
     "plan": (Plan, plan),
     "export": (Export, export),
@@ -263,7 +280,7 @@ def _asked(options: Plan | Export) -> dict[str, Any]:
     return asked if options.sparsity is not None or options.budget else {}
 
 
-def _staged(run: "Run", stage: str | Callable[..., Any], **options: Any) -> Any:
+def _staged(run: "Run", stage: str | Callable[..., Any], low_memory: bool = False, **options: Any) -> Any:
     """Runs a stage (its function, or its name in stages.py), or all of them, with progress on the screen."""
     from secateur import stages
     from secateur.logs import logs_of
@@ -278,7 +295,7 @@ def _staged(run: "Run", stage: str | Callable[..., Any], **options: Any) -> Any:
     try:
         with Screen(console, run.config) as screen, logs_of(run) as logs:
             function = getattr(stages, stage) if isinstance(stage, str) else stage
-            return function(Session(run, Listeners([screen, *logs])), **options)
+            return function(Session(run, Listeners([screen, *logs]), low_memory), **options)
     except KeyboardInterrupt:
         again = f"secateur prune --resume {run.folder}" if stage == "remaining_stages" else "the same command"
         with interrupts.held_back():  # a launcher interrupts once more

@@ -183,6 +183,16 @@ class Config:
     """Arithmetic of the passes that gates or weights are learned by: `bfloat16` by autocast, or that of the weights'
     own dtype (`float32`). `auto` is bfloat16 where the processor multiplies in it. What is planned, verified and
     evaluated is always measured in the weights' own dtype."""
+    teacher: Literal["live", "cache"] = "live"
+    """`cache`: keep what the unpruned model says of each batch in RUN/teacher, cut down to its likeliest words and the
+    mass of all others, and read it from there when the batch comes again: in a resumed run, a sweep, further epochs.
+    What that costs in exactness is said at the end."""
+    teacher_top_k: int = 64
+    """Words a position that `--teacher cache` keeps; each takes 8 bytes."""
+    offload: Literal["none", "cpu", "disk"] = "none"
+    """While gates are learned, leave the decoder layers' weights in the processor's memory, or on disk (in the model's
+    own files, if these hold them as they are used), and bring each to the device when it is needed: for models that do
+    not fit there. Implies --gradient-checkpointing. Verification and evaluation need the memory all the same."""
     gradient_checkpointing: bool = False
     """While gates are learned, compute layers once more in the backward pass instead of keeping what they computed:
     less memory, more time, the same gates."""
@@ -214,7 +224,7 @@ class Config:
         if self.method == "flap" and (said := [w for w in self.budget if w.startswith(("params", "total", "bytes"))]):
             raise InputError(f"--method flap adds biases, which --budget {said[0]} does not count; use flops or kv")
         counts = ("batch_size", "micro_batch_size", "epochs", "checkpoint_every", "refit_rounds", "recover_steps",
-                  "recover_rank")  # fmt: skip
+                  "recover_rank", "teacher_top_k")  # fmt: skip
         for name in (*(() if self.gates and self.steps == 0 else ("steps",)), *counts):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
@@ -236,6 +246,10 @@ class Config:
             raise InputError(f"--kd-weight must be at least 0, not {self.kd_weight}")
         if not re.fullmatch(r"\d+(\.\d+)? *([KMGT]i?B|B)?", self.max_shard_size, flags=re.IGNORECASE):
             raise InputError(f"--max-shard-size is a size such as 5GB or 500MB, not {self.max_shard_size!r}")
+        self.gradient_checkpointing = self.gradient_checkpointing or self.offload != "none"  # autograd keeps weights
+        for option, wanted in (("--offload", self.offload != "none"), ("--teacher cache", self.teacher == "cache")):
+            if self.shard and wanted:
+                raise InputError(f"--shard has all ranks compute the same layers at once; leave it or {option} out")
         policy = policy_of(self.shape)
         self.shape = str(policy)
         self.keep = kept_words(self.keep)
@@ -263,6 +277,10 @@ class Config:
                 raise InputError(f"{option} is a setting of learning, and --method {self.method} learns nothing")
         if not self.binarise:
             raise InputError(f"--no-binarise is a setting of learning, and --method {self.method} learns nothing")
+        if self.offload != "none":
+            raise InputError(f"--offload is for learning, and --method {self.method} learns nothing")
+        if self.teacher == "cache":
+            raise InputError(f"--teacher cache is a setting of learning, and --method {self.method} learns nothing")
         if self.method == "sensitivity" and self.recipe == "paper":
             raise InputError("--recipe paper measures no sensitivity, so --method sensitivity contradicts it")
 

@@ -19,8 +19,7 @@ from transformers import PreTrainedModel
 
 from secateur.config import IN_MEMORY, Config
 from secateur.data import POOL_CHARACTERS
-from secateur.depth import with_depth
-from secateur.describe import check_causal, check_unquantised, describe
+from secateur.describe import check_causal, check_unquantised
 from secateur.export import buffers
 from secateur.files import InputError, replacing
 from secateur.load import Loaded, pick_device, selected, weights_fingerprint
@@ -37,7 +36,8 @@ def name_of(model: PreTrainedModel) -> str:
     """What config.yaml calls a model in memory: where it was loaded from, as others may know, and its weights' hash."""
     source = str(getattr(model.config, "_name_or_path", "") or "")
     name = Path(source).name if source.startswith(("/", ".", "~")) or Path(source).exists() else source
-    return f"{IN_MEMORY}{name or type(model).__name__}, weights {weights_fingerprint(model)}"
+    names = [n for n, _ in model.named_parameters()]
+    return f"{IN_MEMORY}{name or type(model).__name__}, weights {weights_fingerprint(model, names)}"
 
 
 def check_given(model: Any, tokenizer: Any) -> None:
@@ -70,8 +70,7 @@ def loaded_from(model: PreTrainedModel, tokenizer: Any, config: Config) -> Loade
     wanted = own_dtype if device.type != "cpu" else torch.float32
     wanted = wanted if config.dtype == "auto" else getattr(torch, config.dtype)
     twin = with_weights_in(_twin(model), wanted).to(device)
-    description = selected(describe(twin, config.attention_unit), config.units, config.attention_unit, config.keep)
-    description = with_depth(description, twin, config.depth)
+    description = selected(twin, config.units, config.attention_unit, config.keep, config.depth)
     return Loaded(twin, tokenizer, description, own_dtype)
 
 

@@ -30,6 +30,7 @@ from secateur.ranks import ALONE, Ranks
 from secateur.recipes import Recipe
 from secateur.relaxation import RELAXATIONS
 from secateur.sensitivity import balanced, gate_sensitivity, weighted
+from secateur.teacher import Exactness, TeacherCache
 from secateur.units import Group
 
 SAMPLES = 4
@@ -93,6 +94,8 @@ class Learned:
     """What each unit is worth alone, where it was measured."""
     stopped: int | None = None
     """The step after which StopLearning ended it; None where all steps were done."""
+    exactness: Exactness | None = None
+    """What a teacher kept on disk leaves out, on the last batch; None where the teacher was asked."""
 
 
 def learn(
@@ -115,6 +118,7 @@ def learn(
     gradient_checkpointing: bool = False,
     guarded: Mapping[Guard, Blocks] | None = None,
     start: Start | None = None,
+    teacher_cache: TeacherCache | None = None,
     micro_batch_size: int | None = None,
     ranks: Ranks = ALONE,
 ) -> Learned:
@@ -127,9 +131,9 @@ def learn(
     the model itself without gates unless another one is given. `gradient_checkpointing` computes each layer once more
     in the backward pass instead of keeping what it computed: less memory, the same gates. `guarded`: the texts whose
     loss is bounded, with as many rows as of calibration. `start`: from other gates. `on_step` may raise StopLearning.
-    `micro_batch_size`: rows that go through the model at once. `ranks`: they do the same with the same arguments, and
-    share the passes; only rank 0 has checkpoints. The gates are the same on each, and with equal micro-batches on any
-    number of them.
+    `teacher_cache`: where the teacher's distributions are kept, cut down to their likeliest words. `micro_batch_size`:
+    rows that go through the model at once. `ranks`: they do the same with the same arguments, and share the passes;
+    only rank 0 has checkpoints. The gates are the same on each, and with equal micro-batches on any number of them.
     Raises LearningDiverged when the loss is not finite.
     """
     device = next(model.parameters()).device
@@ -140,6 +144,7 @@ def learn(
     settings += f" units={[(g.name, g.units) for g in groups]} budget={limits.allowed_C.tolist()} tie={limits.tie}"
     settings += "" if limits.policy.free else f" shape={limits.policy}"
     settings += "".join(f" {b.name}<={b.allowed}/{b.scale}" for b in limits.bounds)
+    settings += "" if teacher_cache is None else f" teacher_top_k={teacher_cache.top_k}"
     guarded = guarded or {}
     settings += "".join(f" guard={guard} {text.about['fingerprint']}" for guard, text in guarded.items())
     multipliers = Multipliers(tuple(guarded), steps)
@@ -182,7 +187,7 @@ def learn(
     looked_at = [text.held_out_NT[: max(1, steps * batch_size // LOOKED_AT)] for text in guarded.values()]
     dense = [loss_of(rows_NT) for rows_NT in looked_at]
     held_out = partial(loss_of, held_out_NT)
-    passes = Passes(model, groups, recipe, teacher, gradient_checkpointing, micro_batch_size, ranks)
+    passes = Passes(model, groups, recipe, teacher, gradient_checkpointing, micro_batch_size, ranks, teacher_cache)
     state = optimiser.state(), fixing, multipliers.state()
     if earlier is None:
         save()  # sensitivity takes as long as many steps
@@ -200,6 +205,7 @@ def learn(
             if not (math.isfinite(found.loss) and torch.isfinite(grad_N).all()):
                 raise LearningDiverged(optimiser.done, optimiser.ranking(), optimiser.values())
             step = optimiser.advance(grad_N, found.loss, found.ce, found.kl, unseen(grad_N, groups))
+            step = replace(step, teacher_rest=found.teacher_rest)
             if guarded:
                 step = replace(step, guard_rises=rises, guard_weights=list(multipliers.weights))
                 multipliers.hear(rises)
@@ -229,7 +235,9 @@ def learn(
     if kept_N is None:
         kept_N = optimiser.largest(optimiser.ranking())
     order_N = _order(optimiser, kept_N, groups)
-    return Learned(optimiser.ranking(), optimiser.values(), fixing, kept_N, order_N, optimiser.sensitivity_N, stopped)
+    z_N, value_N, sensitivity_N = optimiser.ranking(), optimiser.values(), optimiser.sensitivity_N
+    exactness = passes.exactness(batches[-1], value_N)
+    return Learned(z_N, value_N, fixing, kept_N, order_N, sensitivity_N, stopped, exactness)
 
 
 def _weighed(

@@ -55,6 +55,8 @@ class Step:
     """Of each `--guard` how far its batch's loss was above the unpruned model's, nats a token."""
     guard_weights: list[float] | None = None
     """And what its loss weighed beside the calibration text's."""
+    teacher_rest: float | None = None
+    """With `--teacher cache`, mean mass of the words that are not kept."""
     held_out_trained: float | None = None
     """Loss on held-out text after the step, gates as in training, nats a token; where it was asked for."""
     held_out_deployed: float | None = None

@@ -109,17 +109,20 @@ class Rounding:
     reopened: int
     """Units with a closed gate for which there was room."""
     reopened_scale: float
-    """Gate value that reopened units got: whichever of 1 and 0 has the lower held-out loss."""
-    held_out_learned: float
-    """Loss on held-out text with the gates as learned, nats a token."""
-    held_out_planned: float
+    """Gate value that reopened units got: whichever of 1 and 0 has the lower held-out loss; 1 where that was not
+    measured."""
+    held_out_learned: float | None
+    """Loss on held-out text with the gates as learned, nats a token; None where the model was not loaded."""
+    held_out_planned: float | None
     """The same with the plan."""
     budgets: tuple[dict[str, Any], ...] = ()
     """Of each `--budget` its words, what it bounds, the bound, and what the unpruned and the planned model have."""
 
     @property
-    def cost(self) -> float:
+    def cost(self) -> float | None:
         """Rise of the held-out loss through rounding: the train–test mismatch, nats a token."""
+        if self.held_out_planned is None or self.held_out_learned is None:
+            return None
         return self.held_out_planned - self.held_out_learned
 
 
@@ -127,24 +130,28 @@ def make_plan(
     gates: Gates,
     limits: Budget,
     shape: str,
-    held_out_loss: Callable[[Mapping[str, torch.Tensor]], float],
+    held_out_loss: Callable[[Mapping[str, torch.Tensor]], float] | None,
     kept_N: torch.Tensor | None = None,
 ) -> tuple[Plan, Rounding]:
-    """The plan and what rounding did. `held_out_loss` maps gate values by group to a loss in nats a token; `kept_N` is
-    the kept set, None: the largest that fits, by z."""
+    """The plan and what rounding did. `held_out_loss` maps gate values by group to a loss in nats a token, None: it is
+    not measured, and what opens again is whole; `kept_N` is the kept set, None: the largest that fits, by z."""
     z_N, value_N = gates.z_N.cpu(), gates.deployed().cpu()
     open_N = limits.open(z_N > 0)
     kept_N = largest_that_fits(z_N, limits) if kept_N is None else kept_N
     reopened_N = kept_N & ~open_N
-    learned = held_out_loss(by_group(value_N, gates.groups))
+
+    def loss(gate_N: torch.Tensor) -> float | None:
+        return None if held_out_loss is None else held_out_loss(by_group(gate_N, gates.groups))
+
+    learned = loss(value_N)
     scale_N, scale, planned = value_N * kept_N, 0.0, learned
     if not torch.equal(kept_N, open_N):
-        planned = held_out_loss(by_group(scale_N, gates.groups))
+        planned = loss(scale_N)
     if reopened_N.any():
         whole_N = scale_N + reopened_N
-        loss = held_out_loss(by_group(whole_N, gates.groups))
-        if loss < planned:
-            scale_N, scale, planned = whole_N, 1.0, loss
+        reopened = loss(whole_N)
+        if reopened is None or planned is None or reopened < planned:
+            scale_N, scale, planned = whole_N, 1.0, reopened
     masks, values = by_group(kept_N, gates.groups), by_group(scale_N, gates.groups)
     kept = {name: mask.nonzero().flatten() for name, mask in masks.items()}
     plan = Plan(kept, {name: values[name][index] for name, index in kept.items()}, shape, gates.means)

@@ -55,6 +55,12 @@ class Run:
         return self.folder / "checkpoints"
 
     @property
+    def teacher(self) -> Path:
+        """Distributions of the unpruned model (`--teacher cache`), which the sizes of a run share."""
+        whole = self.folder.parents[1] if self.folder.parent.name == "sizes" else self.folder
+        return whole / "teacher"
+
+    @property
     def gates(self) -> Path:
         """The learned gates."""
         return self.folder / "gates.safetensors"
