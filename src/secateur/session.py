@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -83,47 +83,23 @@ class Progress:
         """Both models have been measured: what eval.json is to hold."""
 
 
-@dataclass
 class Listeners(Progress):
-    """Tells several, in turn."""
+    """Tells several, in turn, all that a `Progress` hears."""
 
-    each: list[Progress]
+    def __init__(self, each: Sequence[Progress]) -> None:
+        self.each = each
 
-    def stage(self, name: str) -> None:
+
+def _told_to_each(name: str) -> Callable[..., None]:
+    def tell(self: Listeners, *said: Any) -> None:
         for one in self.each:
-            one.stage(name)
+            getattr(one, name)(*said)
 
-    def step(self, step: Step) -> None:
-        for one in self.each:
-            one.step(step)
+    return tell
 
-    def recovered(self, step: RecoveryStep) -> None:
-        for one in self.each:
-            one.recovered(step)
 
-    def size(self, name: str) -> None:
-        for one in self.each:
-            one.size(name)
-
-    def measured(self, rows: int) -> None:
-        for one in self.each:
-            one.measured(rows)
-
-    def written(self, tokens: int) -> None:
-        for one in self.each:
-            one.written(tokens)
-
-    def scored(self, rows: int, of: int) -> None:
-        for one in self.each:
-            one.scored(rows, of)
-
-    def warned(self, warning: str) -> None:
-        for one in self.each:
-            one.warned(warning)
-
-    def evaluated(self, results: Mapping[str, Any]) -> None:
-        for one in self.each:
-            one.evaluated(results)
+for _name in [name for name in vars(Progress) if not name.startswith("_")]:
+    setattr(Listeners, _name, _told_to_each(_name))
 
 
 @dataclass
