@@ -18,13 +18,18 @@ import torch
 from transformers import PreTrainedModel
 
 from secateur.attach import writer
+from secateur.evaluate import mean_loss
 from secateur.experts import Inside, inside_experts
+from secateur.gates import by_group
 from secateur.ranks import ALONE, Ranks
 from secateur.units import Group
 from secateur.vocabulary import Vocabulary, in_chunks
 
 ROWS_AT_ONCE = 2
 """Sequences a forward pass: more do not fit a CPU's cache, and a GPU has enough to do with one."""
+
+REMOVED_ON = 8
+"""Rows on which the removal of each sublayer that has a gate is measured."""
 
 
 class _Probe(torch.autograd.Function):
@@ -60,8 +65,9 @@ def gate_sensitivity(
 
     A forward and a backward pass over the rows of `ids_NT`, with labels drawn by `seed`; ½ of the value estimates
     the KL divergence from the dense model when the unit is removed alone (optimal brain damage, LeCun et al. 1990, with
-    the Fisher information for the Hessian). With N rows its relative error is about √(2/N). `rows`: the most that go
-    through the model at once; ranks take them in turns.
+    the Fisher information for the Hessian). Of a gate of a whole sublayer, twice the measured rise if that is more.
+    With N rows its relative error is about √(2/N). `rows`: the most that go through the model at once; ranks take them
+    in turns.
     """
     device = ids_NT.device
     generator = torch.Generator(device).manual_seed(seed)
@@ -119,7 +125,26 @@ def gate_sensitivity(
             sum_N += found_N
             done += len(part_BT)
             on_row(done)
-    return sum_N * (tokens / len(ids_NT))
+    return _with_removals(sum_N * (tokens / len(ids_NT)), model, groups, ids_NT[:REMOVED_ON], ranks)
+
+
+@torch.no_grad()
+def _with_removals(
+    found_N: torch.Tensor, model: PreTrainedModel, groups: tuple[Group, ...], ids_NT: torch.Tensor, ranks: Ranks
+) -> torch.Tensor:
+    """The same with gates of whole sublayers by what the loss rises when each is removed, twice that, where it is more:
+    from 1 to 0 is too far for a curvature at 1 (docs/study.md)."""
+    if not any(g.is_sublayer for g in groups):
+        return found_N
+    dense, start = mean_loss(model, ids_NT, ranks=ranks), 0
+    for group in groups:
+        if group.is_sublayer:
+            gate_N = torch.ones_like(found_N)
+            gate_N[start] = 0.0
+            rise = mean_loss(model, ids_NT, groups, by_group(gate_N, groups), ranks=ranks) - dense
+            found_N[start] = max(float(found_N[start]), 2.0 * rise)
+        start += group.units
+    return found_N
 
 
 def _probed(total_EC: torch.Tensor, anchor: torch.Tensor) -> Inside:
