@@ -17,6 +17,7 @@ from secateur.guard import read_guards
 from secateur.policy import policy_of
 from secateur.recipes import EQUAL_WIDTHS, ONE_SHOT, WHOLE_EXPERTS, Method, Recipe, recipe_of
 from secateur.selection import AttentionUnit, Kind, check_selection, kept_words
+from secateur.untrusted import read_yaml
 from secateur.wanted import what_is_asked
 
 Scope = Literal["model", "kind", "layer", "expert"]
@@ -285,13 +286,13 @@ def save_config(config: Config, path: Path) -> None:
 def load_config(path: Path) -> Config:
     """Reads a config file. Raises InputError that names the file and the wrong field."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_yaml(path)
     except FileNotFoundError:
         raise InputError(
             f"{path} is missing: not the folder of a run, or `secateur prune` never started there"
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not readable YAML: {str(error).splitlines()[0]}") from None
+    except ValueError as error:
+        raise InputError(f"{path} is not readable YAML: {error}") from None
     try:
         return TypeAdapter(Config).validate_python(values)
     except ValidationError as error:

@@ -25,6 +25,7 @@ from secateur.learn import learn
 from secateur.load import read_export
 from secateur.methods import budget_of, find_gates
 from secateur.overlap import overlap
+from secateur.own_code import check_code
 from secateur.plan import Plan, Rounding, load_plan, save_plan
 from secateur.planning import HeldOutLoss, against_ragged, figures_of, plan_for, remembered
 from secateur.planning import compare_shapes as compare_shapes
@@ -139,6 +140,7 @@ def checked_export(run: Run) -> Path:
     if not run.model.is_dir():
         reason = f"failed verification (see {run.verify})" if run.failed_model.is_dir() else "is missing"
         raise InputError(f"{run.model} {reason}; run `secateur export {run.folder}`")
+    check_code(run.model)
     return run.model
 
 
