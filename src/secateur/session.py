@@ -17,13 +17,14 @@ from secateur.checkpoints import Checkpoints
 from secateur.config import Config
 from secateur.data import SELF, Blocks, load_blocks
 from secateur.evaluate import mean_loss, windows
-from secateur.files import InputError, read_json, write_json
+from secateur.files import InputError, write_json
 from secateur.gates import Gates, architecture_fingerprint, load_gates
 from secateur.guard import Guard, read_guards
 from secateur.latency import LatencyTable, read_table
 from secateur.load import Loaded, autocast, load, weights_fingerprint
 from secateur.optimise import Step
 from secateur.recover import RecoveryStep
+from secateur.report.files import checked
 from secateur.run import Run
 from secateur.selftext import self_written
 from secateur.text import evaluation_text, local_files
@@ -188,7 +189,7 @@ class Session:
     def learned_steps(self) -> int:
         """Learning steps behind the gates of a run: of a size of a sweep, those of the sizes before, too."""
         gates = load_gates(self.run.gates, self.loaded.description.groups, self.architecture)
-        return int(gates.about["steps"] if "sweep" in gates.about else self.config.steps)
+        return int(gates.about.get("steps", 0) if "sweep" in gates.about else self.config.steps)
 
     @cached_property
     def given(self) -> Gates | None:
@@ -261,5 +262,5 @@ class Session:
         self.progress.stage(stage)
         start = time.perf_counter()
         yield
-        timings = read_json(self.run.timings, "secateur prune") if self.run.timings.exists() else {}
+        timings = checked(self.run.timings, dict[str, float], "secateur prune") if self.run.timings.exists() else {}
         write_json(self.run.timings, {**timings, stage: round(time.perf_counter() - start, 2)})
