@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 
 from runs import complaint, prune_arguments, write_checkpoint
 from secateur.files import InputError, read_json
+from secateur.gguf_header import check_gguf
 from secateur.load import describe_pretrained, load, read_export
 from secateur.untrusted import MAX_DEPTH, parse_json, read_tensors, read_yaml, safetensors_header
 
@@ -247,6 +249,67 @@ def test_the_command_line_says_it_in_one_line(capsys, text, tmp_path):
     assert "model.safetensors is truncated or broken (its header claims 1,152,921,504,606,846,976 bytes" in said
 
 
+# --- GGUF ------------------------------------------------------------------------------------------------------------
+
+
+def gguf_file(path: Path, *, count: int = 0, tensors: int = 0, body: bytes = b"", data: bytes = b"") -> Path:
+    head = struct.pack("<4sIQQ", b"GGUF", 3, tensors, count) + body
+    path.write_bytes(head + bytes(-len(head) % 32) + data)
+    return path
+
+
+def text_of(text: bytes, length: int | None = None) -> bytes:
+    return struct.pack("<Q", len(text) if length is None else length) + text
+
+
+def entry(key: bytes, kind: int, value: bytes) -> bytes:
+    return text_of(key) + struct.pack("<I", kind) + value
+
+
+def info(name: bytes, shape: tuple[int, ...], offset: int, kind: int = 0) -> bytes:
+    return text_of(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
+
+
+GGUF = {
+    "magic": ({"count": 0, "body": b"x" * 9}, "short|ends|not a little"),
+    "entries": ({"count": 2**60}, "claims 1,152,921,504,606,846,976 metadata entries"),
+    "tensors": ({"tensors": 2**60}, "claims 1,152,921,504,606,846,976 tensors"),
+    "key": ({"count": 1, "body": text_of(b"a" * 20, 2**62)}, "characters of a text"),
+    "text": ({"count": 1, "body": entry(b"a", 8, text_of(b"b" * 20, 2**62))}, "characters of a text"),
+    "array": ({"count": 1, "body": entry(b"a", 9, struct.pack("<IQ", 6, 2**61))}, "values of an array"),
+    "texts": ({"count": 1, "body": entry(b"a", 9, struct.pack("<IQ", 8, 2**60))}, "values of an array"),
+    "nested": ({"count": 1, "body": entry(b"a", 9, struct.pack("<IQ", 9, 1))}, "unknown type 9"),
+    "type": ({"count": 1, "body": entry(b"a", 77, b"1234")}, "unknown type 77"),
+    "twice": ({"count": 2, "body": entry(b"a", 0, b"1") * 2}, "'a' twice"),
+    "alignment": ({"count": 1, "body": entry(b"general.alignment", 4, struct.pack("<I", 24))}, "power of two"),
+    "layers": ({"count": 1, "body": entry(b"llama.block_count", 4, struct.pack("<I", 2**31))}, "layers, more than"),
+    "dims": ({"tensors": 1, "body": info(b"a", (1,) * 9, 0)}, "has 9 dimensions"),
+    "kind": ({"tensors": 1, "body": info(b"a", (8,), 0, 999)}, "unknown type 999"),
+    "blocks": ({"tensors": 1, "body": info(b"a", (8,), 0, 8), "data": bytes(64)}, "whole blocks"),
+    "offset": ({"tensors": 1, "body": info(b"a", (8,), 2**62), "data": bytes(64)}, "where there is room"),
+    "size": ({"tensors": 1, "body": info(b"a", (2**40, 2**40), 0), "data": bytes(64)}, "where there is room"),
+    "overlap": ({"tensors": 2, "body": info(b"a", (16,), 0) + info(b"b", (8,), 32), "data": bytes(64)}, "'b' lies"),
+}
+
+
+@pytest.mark.parametrize("case", GGUF)
+def test_a_gguf_header_is_refused_that_claims_what_the_file_has_not(tmp_path, case):
+    options, reason = GGUF[case]
+    path = gguf_file(tmp_path / "a.gguf", **options)
+    if case == "magic":
+        path.write_bytes(b"GGML" + path.read_bytes()[4:])
+    with pytest.raises(ValueError, match=reason):
+        check_gguf(path)
+    with pytest.raises(InputError, match=r"cannot read the configuration of .*a\.gguf"):
+        describe_pretrained(str(path))
+
+
+def test_a_gguf_header_that_fits_its_file_passes(tmp_path):
+    body = entry(b"a", 9, struct.pack("<IQ", 8, 2) + text_of(b"x") + text_of(b"")) + entry(b"b", 12, bytes(8))
+    tensors = info(b"a", (8,), 0) + info(b"b", (32, 2), 32, 8)
+    check_gguf(gguf_file(tmp_path / "a.gguf", count=2, tensors=2, body=body + tensors, data=bytes(32 + 68)))
+
+
 # --- code in an export -----------------------------------------------------------------------------------------------
 
 
@@ -297,3 +360,56 @@ def test_an_export_that_lacks_a_weight_is_refused(exported):
     save_file(held, path, metadata={"format": "pt"})
     with pytest.raises(InputError, match=r"lack model\.norm\.weight"):
         read_export(exported / "model", torch.float32)
+
+
+# --- runs of others --------------------------------------------------------------------------------------------------
+
+
+def settings_with(path: Path, **changes: object) -> None:
+    values = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump(values | changes))
+
+
+COMMANDS = [("learn",), ("plan",), ("export",), ("verify",), ("refit",), ("recover", "--recover", "lora"), ("eval",),
+            ("sizes",), ("bench",), ("export", "--format", "gguf"), ("plan", "--compare")]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_a_run_that_asks_for_code_of_the_model_needs_the_word_for_it_on_every_command(capsys, run, command):
+    settings_with(run / "config.yaml", trust_remote_code=True)
+    said = complaint(capsys, command[0], run, *command[1:])
+    assert f"{run / 'config.yaml'} asks to run code that comes with" in said and "--trust-remote-code" in said
+
+
+def test_files_of_settings_and_runs_to_go_on_with_need_the_word_too(capsys, run, tmp_path):
+    settings_with(run / "config.yaml", trust_remote_code=True)
+    for options in (("--config", run / "config.yaml", "--out", tmp_path / "new"), ("--resume", run)):
+        assert "say --trust-remote-code" in complaint(capsys, "prune", *options)
+    assert not (tmp_path / "new").exists()
+    assert secateur("prune", "--resume", run, "--trust-remote-code") == 0
+
+
+def test_with_the_word_commands_run_and_without_it_a_run_shows(run):
+    settings_with(run / "config.yaml", trust_remote_code=True)
+    assert secateur("verify", run, "--trust-remote-code") == 0
+    assert secateur("report", run) == 0
+
+
+def test_sizes_of_a_run_ask_like_the_run(capsys, run):
+    assert secateur("plan", run, "--sparsity", "0.5") == 0
+    settings_with(run / "sizes" / "0.5" / "config.yaml", trust_remote_code=True)
+    assert "say --trust-remote-code" in complaint(capsys, "sizes", run)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints", "sizes", "model/config.json"])
+def test_a_run_whose_links_lead_elsewhere_is_refused(capsys, run, tmp_path, name):
+    outside = tmp_path / "outside"
+    outside.mkdir() if name in ("checkpoints", "sizes") else outside.write_text("precious")
+    (run / name).unlink(missing_ok=True)
+    (run / name).symlink_to(outside)
+    assert f"{name} is a link that leads out of the folder" in complaint(capsys, "learn", run)
+
+
+def test_out_of_a_run_of_others_is_not_written_to(run, tmp_path):
+    settings_with(run / "config.yaml", out=str(tmp_path / "elsewhere"))
+    assert secateur("verify", run) == 0 and not (tmp_path / "elsewhere").exists()

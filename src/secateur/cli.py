@@ -22,6 +22,7 @@ from secateur.options import (
     Export,
     Inspect,
     Learn,
+    OnRun,
     Plan,
     Prune,
     Recover,
@@ -47,7 +48,7 @@ def prune(options: Prune) -> None:
     from secateur.run import new_run, open_run
 
     if options.resume is not None:
-        run = open_run(options.resume)
+        run = open_run(options.resume, options.trust_remote_code)
     else:
         run = new_run(Config(**{f.name: getattr(options, f.name) for f in fields(Config)}))
     results = _staged(run, "remaining_stages")
@@ -58,7 +59,7 @@ def prune(options: Prune) -> None:
 
     show(console, results, run.folder / "sizes.png")
     if "picked" in results:
-        return _print(_open(run.sizes / results["picked"]), results["results"])
+        return _print(open_run(run.sizes / results["picked"], options.trust_remote_code), results["results"])
     again = f"secateur export {run.folder}"
     return console.print(f"to write one: `{again} --sparsity 0.3`, or `{again} --pick 'loss<=1.05'`", markup=False)
 
@@ -82,7 +83,7 @@ def inspect(options: Inspect) -> None:
 
 def learn(options: Learn) -> None:
     """`secateur learn`."""
-    run = _open(options.run, sweeps=True)
+    run = _open(options, sweeps=True)
     if options.sweep is not None:
         run = replace(run, config=replace(run.config, sparsity=None, sweep=options.sweep))
     if run.config.sweep is None:
@@ -100,11 +101,11 @@ def plan(options: Plan) -> None:
     from secateur.sizes import plan_size
 
     if options.compare:
-        return show(console, *_staged(_open(options.run), "compare_shapes", shape=options.shape))
+        return show(console, *_staged(_open(options), "compare_shapes", shape=options.shape))
     if asked := _asked(options):
-        size, rounding = _staged(_open(options.run, sweeps=True), plan_size, shape=options.shape, **asked)
+        size, rounding = _staged(_open(options, sweeps=True), plan_size, shape=options.shape, **asked)
         return console.print(f"{said(rounding)}\nwrote {size.run.plan}", markup=False, soft_wrap=True)
-    rounding, beside = _staged(_open(options.run), "plan_beside_ragged", shape=options.shape)
+    rounding, beside = _staged(_open(options), "plan_beside_ragged", shape=options.shape)
     console.print(said(rounding))
     if beside is not None:
         console.print(beside, markup=False)
@@ -114,7 +115,7 @@ def plan(options: Plan) -> None:
 def export(options: Export) -> None:
     """`secateur export`."""
     asked = _asked(options)
-    run = _open(options.run, sweeps=bool(asked or options.pick))
+    run = _open(options, sweeps=bool(asked or options.pick))
     if options.pick is not None:
         from secateur.pareto import compare_sizes, picked
 
@@ -122,7 +123,7 @@ def export(options: Export) -> None:
             raise InputError(f"--pick {options.pick} says a size, so another one contradicts it")
         size = picked(_staged(run, compare_sizes), options.pick)
         console.print(f"picked {size['name']}: loss × {size['shares']['loss']:.3f}", markup=False)
-        run = _open(Path(size["folder"]))
+        run = _open(options, folder=Path(size["folder"]))
     if asked:
         from secateur.sizes import export_size
 
@@ -145,7 +146,7 @@ def sizes(options: Sizes) -> None:
     """`secateur sizes`."""
     from secateur.pareto import compare_sizes, show
 
-    run = _open(options.run, sweeps=True)
+    run = _open(options, sweeps=True)
     show(console, _staged(run, compare_sizes), run.folder / "sizes.png")
 
 
@@ -155,8 +156,8 @@ def verify(options: Verify) -> None:
         from secateur.equivalence import runtime_stage, table
 
         own = {name: getattr(options, name) for name in ("runtime", "prompts", "new_tokens")}
-        return console.print(table(_staged(_open(options.run), runtime_stage, **own)))
-    for c in _staged(_open(options.run), "verify_stage"):
+        return console.print(table(_staged(_open(options), runtime_stage, **own)))
+    for c in _staged(_open(options), "verify_stage"):
         console.print(f"{c.dtype}: logits differ by at most {c.max_difference:.2g} on {c.tokens:,} tokens: passed")
     return None
 
@@ -215,16 +216,17 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
 # --- what they share -------------------------------------------------------------------------------------------------
 
 
-def _open(folder: Path, sweeps: bool = False) -> "Run":
+def _open(options: OnRun, sweeps: bool = False, folder: Path | None = None) -> "Run":
+    """The run of a command; with `folder` another one that belongs to it."""
     from secateur.run import open_one, open_run
 
-    return open_run(folder) if sweeps else open_one(folder)
+    return (open_run if sweeps else open_one)(folder or options.run, options.trust_remote_code)
 
 
 def _open_with(options: Any) -> "Run":
     """The run, its settings overridden by what the options of a stage say."""
-    run = _open(options.run)
-    own = {name: value for name, value in vars(options).items() if name != "run" and value not in (None, ())}
+    run, ours = _open(options), ("run", "trust_remote_code")
+    own = {name: value for name, value in vars(options).items() if name not in ours and value not in (None, ())}
     return replace(run, config=replace(run.config, **own))
 
 

@@ -283,6 +283,19 @@ def save_config(config: Config, path: Path) -> None:
     write_text(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
+def trusted(config: Config, path: Path, trust_remote_code: bool | None) -> Config:
+    """Settings from a file, which may be someone else's: code of the model runs only where it is asked for here, too.
+    Raises InputError where the file alone asks for it. None: no model is loaded, the settings are only shown."""
+    if trust_remote_code is None:
+        return config
+    if config.trust_remote_code and not trust_remote_code:
+        raise InputError(
+            f"{path} asks to run code that comes with {config.model} (trust_remote_code: true); if you trust it, say "
+            "--trust-remote-code here, too"
+        )
+    return replace(config, trust_remote_code=trust_remote_code)
+
+
 def load_config(path: Path) -> Config:
     """Reads a config file. Raises InputError that names the file and the wrong field."""
     try:

@@ -26,6 +26,7 @@ from transformers.utils import cached_file
 from secateur.describe import Description, check_causal, check_unquantised, describe
 from secateur.families import build, config_class, model_class
 from secateur.files import InputError, read_json
+from secateur.gguf_header import check_gguf
 from secateur.own_code import AGAIN, check_code
 from secateur.selection import AttentionUnit
 from secateur.untrusted import (
@@ -181,8 +182,11 @@ def load_config_of(name: str, trust_remote_code: bool) -> PreTrainedConfig:
     where = _source(name)
 
     def read() -> PreTrainedConfig:
-        if Path(where["pretrained_model_name_or_path"]).is_dir() and "gguf_file" not in where:
-            check_folder(Path(where["pretrained_model_name_or_path"]))
+        place = Path(where["pretrained_model_name_or_path"])
+        if "gguf_file" in where:
+            check_gguf(place / where["gguf_file"])
+        elif place.is_dir():
+            check_folder(place)
         found = AutoConfig if "gguf_file" in where else config_class(PreTrainedConfig.get_config_dict(**where)[0])
         own = {"trust_remote_code": trust_remote_code} if found is AutoConfig else {}
         config: PreTrainedConfig = found.from_pretrained(**where, **own)

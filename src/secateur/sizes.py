@@ -37,7 +37,8 @@ def _asked(run: Run) -> tuple[float | None, tuple[str, ...]]:
 
 def sizes_of(run: Run) -> list[Run]:
     """The sizes of a run that have gates."""
-    return [open_run(path.parent) for path in sorted(run.sizes.glob("*/gates.safetensors"))]
+    trust = run.config.trust_remote_code
+    return [open_run(path.parent, trust) for path in sorted(run.sizes.glob("*/gates.safetensors"))]
 
 
 def plan_size(

@@ -361,9 +361,9 @@ def prune(config: Config) -> dict[str, Any]:
     return remaining_stages(Session(new_run(config)))
 
 
-def open_session(folder: Path | str) -> Session:
+def open_session(folder: Path | str, trust_remote_code: bool = False) -> Session:
     """A session on an existing run, for the stage functions."""
-    return Session(open_run(Path(folder)))
+    return Session(open_run(Path(folder), trust_remote_code))
 
 
 def remaining_stages(session: Session) -> dict[str, Any]:

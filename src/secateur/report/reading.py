@@ -127,7 +127,9 @@ class Record:
 
 def read_runs(folders: Sequence[Path]) -> list[Record]:
     """The runs in these folders, each once. Raises InputError for a folder that is no run."""
-    runs = [open_run(folder) for folder in {folder.resolve(): folder for folder in folders}.values()]
+    runs = [
+        open_run(folder, trust_remote_code=None) for folder in {folder.resolve(): folder for folder in folders}.values()
+    ]
     names = [run.folder.resolve().name for run in runs]
     labels = [
         name if names.count(name) == 1 else f"{run.folder.resolve().parent.name}/{name}"
