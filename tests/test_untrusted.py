@@ -11,7 +11,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from runs import complaint, prune_arguments, write_checkpoint
+from runs import complaint, prune_arguments, secateur, write_checkpoint
 from secateur.files import InputError, read_json
 from secateur.gguf_header import check_gguf
 from secateur.load import describe_pretrained, load, read_export
