@@ -413,3 +413,66 @@ def test_a_run_whose_links_lead_elsewhere_is_refused(capsys, run, tmp_path, name
 def test_out_of_a_run_of_others_is_not_written_to(run, tmp_path):
     settings_with(run / "config.yaml", out=str(tmp_path / "elsewhere"))
     assert secateur("verify", run) == 0 and not (tmp_path / "elsewhere").exists()
+
+
+# --- tokens and states of training -----------------------------------------------------------------------------------
+
+
+BLOCKS = {
+    "range": lambda t: t["calibration"].__setitem__((0, 0), 10**6),
+    "negative": lambda t: t["calibration"].__setitem__((0, 0), -1),
+    "dtype": lambda t: t.update(calibration=t["calibration"].long()),
+    "shape": lambda t: t.update(calibration=t["calibration"][:, :-1].contiguous()),
+    "others": lambda t: t.update(calibration=(t["calibration"] + 1) % 64),
+    "lacking": lambda t: t.pop("held_out"),
+}
+
+
+@pytest.mark.parametrize("case", BLOCKS)
+def test_stored_tokens_that_are_not_the_runs_are_made_anew(run, case):
+    from safetensors.torch import load_file
+
+    path = run / "data.safetensors"
+    tensors, said = read_tensors(path)
+    before = load_file(path)
+    BLOCKS[case](tensors)
+    save_file(tensors, path, metadata={"secateur": json.dumps(said)})
+    assert secateur("learn", run) == 0
+    after = load_file(path)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+STATES = {
+    "z": lambda t: t.update(z=t["z"][:-1].contiguous()),
+    "dtype": lambda t: t.update(z=t["z"].double()),
+    "more": lambda t: t.update(more=torch.ones(1)),
+    "lacking": lambda t: t.pop("theta"),
+    "steps": lambda t: t.update(done=torch.tensor(99)),
+    "adam": lambda t: t.update({"adam.0.exp_avg": torch.ones(1)}),
+    "name": lambda t: t.update({"adam.x": torch.ones(1)}),
+}
+
+
+@pytest.mark.parametrize("case", [*STATES, "about"])
+def test_a_state_of_training_with_a_right_digest_that_does_not_fit_is_refused(capsys, run, case):
+    from dataclasses import replace
+
+    from secateur.checkpoints import Checkpoints, _read
+    from secateur.run import open_run
+    from secateur.session import Session
+    from secateur.stages import learn_stage
+
+    session = Session(open_run(run))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Checkpoints, "discard", lambda _self: None)
+        learn_stage(session)
+    checkpoints = session.checkpoints(session.run.checkpoints)
+    path = checkpoints._newest_first()[0]
+    state = _read(path)
+    if case == "about":
+        state = replace(state, about={"fixing": {"step": "x"}, "guards": {}})
+    else:
+        STATES[case](state.tensors)
+    checkpoints.save(state)
+    said = complaint(capsys, "learn", run)
+    assert f"{checkpoints.folder} holds a state that does not fit this training" in said and "delete it" in said
