@@ -232,7 +232,11 @@ def test_an_adapter_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
-    [({"num_hidden_layers": 10**9}, "num_hidden_layers is 1,000,000,000"), ({"a": json.loads(nested(80))}, "deeper")],
+    [
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1,000,000,000"),
+        ({"a": json.loads(nested(80))}, "deeper"),
+        ({"intermediate_size": 0}, "would have no values"),
+    ],
 )
 def test_a_configuration_that_would_take_for_ever_is_refused(tmp_path, changes, reason):
     folder = write_checkpoint(tmp_path / "model")
@@ -240,6 +244,13 @@ def test_a_configuration_that_would_take_for_ever_is_refused(tmp_path, changes, 
     (folder / "config.json").write_text(json.dumps(values | changes))
     with pytest.raises(InputError, match=reason):
         describe_pretrained(str(folder))
+
+
+def test_a_configuration_of_far_more_values_than_the_files_hold_is_refused_before_they_take_memory(tmp_path):
+    folder = write_checkpoint(tmp_path / "model")
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | {"vocab_size": 10**12}))
+    assert "config.json asks for 64,000,000,030,944 values" in refused(folder)
 
 
 def test_the_command_line_says_it_in_one_line(capsys, text, tmp_path):

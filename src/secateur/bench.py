@@ -17,11 +17,13 @@ from transformers import PreTrainedConfig
 
 from secateur.bench_report import draw
 from secateur.bench_report import show as show
+from secateur.depth import with_depth
+from secateur.describe import describe
 from secateur.files import InputError, scratch_folder, write_json
 from secateur.gates import architecture_fingerprint
 from secateur.ideal import Cost, Ideal, cost_of, eaten, ideals, odd_widths
 from secateur.latency import against_measured, read_table
-from secateur.load import describe_pretrained
+from secateur.load import describe_pretrained, skeleton_of
 from secateur.measure import Measured, Settings, Timing, measure, processor
 from secateur.own_code import brings_own_code
 from secateur.run import Run
@@ -63,8 +65,9 @@ def prediction_of(run: Run) -> Callable[[Mapping[str, Any]], dict[str, Any]] | N
     if not run.latency.exists():
         return None
     c, table = run.config, read_table(run.latency)
-    dense, _ = describe_pretrained(c.model, c.trust_remote_code, c.attention_unit)
-    description = dense.only(c.units).keeping(c.keep)
+    _config, skeleton = skeleton_of(c.model, c.trust_remote_code)
+    dense = describe(skeleton, c.attention_unit)
+    description = with_depth(dense.only(c.units).keeping(c.keep), skeleton, c.depth)
     table.check_model(description, run.latency)
     groups = description.groups
     plan, _ = planned(run, groups, architecture_fingerprint(groups, description.shapes))

@@ -8,11 +8,12 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from secateur.config import Config
+from secateur.config import IN_MEMORY, Config, name_in_memory
 from secateur.plan import COSTLY, Rounding
 from secateur.policy import policy_of
 from secateur.recipes import ONE_SHOT
 from secateur.run import Run
+from secateur.text import HELD_OUT, READERS, file_type
 
 PAPER = "Deterministic Differentiable Structured Pruning for Large Language Models (arXiv 2603.08065)"
 
@@ -214,7 +215,8 @@ def outside(keep: Sequence[str]) -> str:
 
 def _units(kinds: Collection[str]) -> str:
     names = {"heads": "attention heads", "kv_groups": "attention heads", "channels": "MLP channels",
-             "expert_channels": "experts' channels", "shared_channels": "shared experts' channels"}  # fmt: skip
+             "expert_channels": "experts' channels", "shared_channels": "shared experts' channels",
+             "attention": "whole attention sublayers", "mlp": "whole MLP sublayers"}  # fmt: skip
     return " and ".join(dict.fromkeys(name for kind, name in names.items() if kind in kinds))
 
 
@@ -276,6 +278,9 @@ def model_card(
         ]
         if config.gates is not None:
             lines.append(f"- gates: of another run, {'their values tuned so' if config.steps else 'as they were'}")
+    if config.depth != "off":
+        beside = ", beside those of their units" if config.depth == "joint" else "; all widths stayed"
+        lines.append(f"- depth: whole attention and MLP sublayers had gates of their own{beside}")
     if results is not None:
         lines += [f"- {arrival(results)}"]
     lines.append("")
@@ -331,9 +336,14 @@ def _found(method: str) -> str:
 
 def public_name(source: str) -> str:
     """A hub id as it is; of a local path only the last part, as others have no use for the rest."""
+    if source.startswith(HELD_OUT):
+        return HELD_OUT + public_name(source.removeprefix(HELD_OUT))
     if source == "self":
         return "text that the model itself wrote"
-    local = Path(source).expanduser().exists() or source.startswith(("/", ".", "~"))
+    if source.startswith(IN_MEMORY):
+        return f"{name_in_memory(source)} (a model in memory)"
+    path = Path(source).expanduser()
+    local = path.exists() or source.startswith(("/", ".", "~")) or source.count("/") > 1 or file_type(path) in READERS
     return Path(source).name if local else source
 
 

@@ -16,10 +16,11 @@ from secateur.files import InputError, write_text
 from secateur.guard import read_guards
 from secateur.policy import policy_of
 from secateur.recipes import EQUAL_WIDTHS, ONE_SHOT, WHOLE_EXPERTS, Method, Recipe, recipe_of
-from secateur.selection import AttentionUnit, Kind, check_selection, kept_words
+from secateur.selection import AttentionUnit, Depth, Kind, check_selection, kept_words
 from secateur.untrusted import read_yaml
 from secateur.wanted import what_is_asked
 
+Log = Literal["tensorboard", "wandb"]
 Scope = Literal["model", "kind", "layer", "expert"]
 
 _SAID = tyro.conf.arg(metavar="ragged|uniform|padded|aligned:N|tp:K")
@@ -29,6 +30,15 @@ AnyShape = Annotated[str | None, _SAID]
 """The same where the option may be left out."""
 Words = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="KIND=VALUE")]
 """Words that wanted.py reads."""
+
+
+IN_MEMORY = "in memory: "
+"""What `model` begins with where Python code gave the model itself: `in memory: NAME, weights HASH`."""
+
+
+def name_in_memory(model: str) -> str:
+    """NAME of a `model` that was given in memory; any other as it is."""
+    return model.removeprefix(IN_MEMORY).rpartition(", weights ")[0] if model.startswith(IN_MEMORY) else model
 
 
 @dataclass
@@ -76,6 +86,10 @@ class Config:
     layer keeps some KV heads, and as many query heads of each. Where all heads share one KV head or a latent there are
     `heads` only; where every head has its own all three are the same. Default: `kv-groups`, else `heads`. To leave
     attention whole: `--only mlp`."""
+    depth: Depth = "off"
+    """Remove whole attention and MLP sublayers, by gates of their own, learned as those of units are: `joint`, beside
+    the units' gates, so that width and depth compete for one budget; `alone`, whole sublayers only, all widths stay. A
+    mixture's experts have none: their router could not go. Default: sublayers go with their last unit."""
     keep: tuple[str, ...] = ()
     """Layers, or sublayers, that stay whole, with commas or spaces between: `layers.0,layers.-1` (from the end),
     `layers.3.mlp`, `layers.3.attention`. `--sparsity` is a share of all units still, and goes from the others."""
@@ -97,6 +111,10 @@ class Config:
     """Tokens a sequence."""
     batch_size: int = 4
     """Sequences a step."""
+    micro_batch_size: int | None = None
+    """Sequences that go through the model at once while gates are learned: less memory, the same gates but for
+    rounding. Several ranks take such micro-batches in turns, and with equal ones the gates are the same on any number
+    of ranks. Default: the batch, or each rank's share of it."""
     seed: int = 0
     """Seed of the order of the data, and of the noise of methods that have any."""
     recipe: Literal["auto", "paper"] = "auto"
@@ -169,6 +187,9 @@ class Config:
     gradient_checkpointing: bool = False
     """While gates are learned, compute layers once more in the backward pass instead of keeping what they computed:
     less memory, more time, the same gates."""
+    shard: bool = False
+    """While gates are learned on several ranks, spread the weights of the layers over them (FSDP2), for models that one
+    device cannot hold. Rank 0 has the whole model in memory, where all other stages then run, on the CPU."""
     max_shard_size: str = "5GB"
     """Largest safetensors file of the export."""
     checkpoint_every: int = 50
@@ -177,6 +198,9 @@ class Config:
     measure_every: int = 0
     """Every so many steps, measure the held-out loss with the gates as trained and as deployed, for metrics.jsonl; 0:
     never. Changes nothing else."""
+    log: tuple[Log, ...] = ()
+    """Curves to watch beside metrics.jsonl, under the same names: `tensorboard` (RUN/tensorboard), `wandb` (Weights &
+    Biases, RUN/wandb; WANDB_MODE=offline sends nothing), or both."""
     trust_remote_code: bool = False
     """Run modelling code that comes with the checkpoint."""
     learning: tyro.conf.Suppress[Recipe | None] = None
@@ -190,10 +214,13 @@ class Config:
             raise InputError("--per kind asks for the same share of every kind, so it needs --sparsity; leave it out")
         if self.method == "flap" and (said := [w for w in self.budget if w.startswith(("params", "total", "bytes"))]):
             raise InputError(f"--method flap adds biases, which --budget {said[0]} does not count; use flops or kv")
-        counts = ("batch_size", "epochs", "checkpoint_every", "refit_rounds", "recover_steps", "recover_rank")
+        counts = ("batch_size", "micro_batch_size", "epochs", "checkpoint_every", "refit_rounds", "recover_steps",
+                  "recover_rank")  # fmt: skip
         for name in (*(() if self.gates and self.steps == 0 else ("steps",)), *counts):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        if self.micro_batch_size is not None:
+            self.rows_a_pass(1)
         for name in ("seq_len", "eval_length"):
             if getattr(self, name) < 2:
                 raise InputError(f"--{name.replace('_', '-')} must be at least 2 tokens, not {getattr(self, name)}")
@@ -245,6 +272,30 @@ class Config:
         """Whether a share of the units is asked for, which may be that of each kind."""
         return self.sparsity is not None or (self.sweep is not None and "=" not in self.sweep)
 
+    def rows_a_pass(self, ranks: int) -> int | None:
+        """Sequences that go through the model at once on each of so many ranks; None: all of the batch.
+
+        Raises InputError where batches do not come out even.
+        """
+        batch, micro = self.batch_size, self.micro_batch_size
+        if micro is None:
+            if batch % ranks:
+                fewer = max(n for n in range(1, ranks) if batch % n == 0)
+                raise InputError(
+                    f"--batch-size {batch} cannot be shared evenly by {ranks} ranks; say --batch-size "
+                    f"{-(-batch // ranks) * ranks}, or start {fewer}"
+                )
+            return batch // ranks if ranks > 1 else None
+        if batch % (micro * ranks):
+            fitting = [str(n) for n in range(1, batch + 1) if batch % (n * ranks) == 0]
+            instead = f"--micro-batch-size {' or '.join(fitting)}" if fitting else "fewer ranks"
+            on = f" on {ranks} ranks" if ranks > 1 else ""
+            raise InputError(
+                f"--batch-size {batch} does not come out even in parts of --micro-batch-size {micro}{on}; take "
+                f"{instead}, or --batch-size {-(-batch // (micro * ranks)) * micro * ranks}"
+            )
+        return micro
+
     @property
     def scored_rows(self) -> int:
         """Calibration sequences on which units are scored or their sensitivity is measured; needs resolved settings."""
@@ -265,7 +316,7 @@ class Config:
         per: Scope = "model"
         if policy_of(self.shape).uniform:
             per = "expert"
-        elif self.method in EQUAL_WIDTHS and not (self.budget and self.method in WHOLE_EXPERTS):
+        elif self.method in EQUAL_WIDTHS and self.depth == "off" and not (self.budget and self.method in WHOLE_EXPERTS):
             per = "layer"
         elif recipe.name == "paper" and self.method not in (*ONE_SHOT, "grasprune") and self.by_sparsity:
             per = "kind"

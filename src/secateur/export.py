@@ -128,7 +128,7 @@ def _ragged(values: dict[str, Any], description: Description, plan: Plan) -> dic
         others = [e for e in layers.get(str(layer), []) if what(e) != what(entry)]
         own[key] = {**layers, str(layer): [*others, entry]}
 
-    for group in description.groups:
+    for group in (g for g in description.groups if not g.gate_only):
         size, path = sizes[group.name], group.gate_at.removeprefix(f"{description.layers}.{group.layer}.")
         module, _, writer = path.rpartition(".")
         if (said := said_by_config(group, size)) != said_by_config(group, whole(group)):
@@ -136,7 +136,7 @@ def _ragged(values: dict[str, Any], description: Description, plan: Plan) -> dic
         if group.sizes:
             put("narrowed", group.layer, path if group.experts else module)
         if size.width == 0 and group.writes:
-            put("closed", group.layer, [group.kind, module, writer])
+            put("closed", group.layer, ["heads" if group.attends else "channels", module, writer])
         elif not group.sizes:
             put("widths", group.layer, [module, writer, size.width])
         if group.experts and size.parts < group.experts:
@@ -146,7 +146,7 @@ def _ragged(values: dict[str, Any], description: Description, plan: Plan) -> dic
     for name in added_biases(description, plan):
         layer, _, path = name.removeprefix(f"{description.layers}.").removesuffix(".bias").partition(".")
         put("biases", layer, path)
-    if all(size == whole(g) for g, size in zip(description.groups, sizes.values(), strict=True)) and not widths:
+    if all(sizes[g.name] == whole(g) for g in description.groups if not g.gate_only) and not widths:
         return values
     return values | {
         "per_layer_config": {str(layer): widths[layer] for layer in sorted(widths)},

@@ -10,6 +10,7 @@ Shape suffixes: N units of the whole model, B batch, T positions.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import torch
 from pydantic import TypeAdapter
@@ -22,9 +23,11 @@ from secateur.evaluate import mean_loss
 from secateur.files import InputError
 from secateur.gates import by_group
 from secateur.guard import LOOKED_AT, Guard, Multipliers
+from secateur.interrupts import held_back
 from secateur.optimise import Optimiser, Step
 from secateur.order import positions
 from secateur.passes import Passes, recomputing
+from secateur.ranks import ALONE, Ranks
 from secateur.recipes import Recipe
 from secateur.relaxation import RELAXATIONS
 from secateur.sensitivity import balanced, gate_sensitivity, weighted
@@ -43,6 +46,10 @@ class LearningDiverged(InputError):
             "or learn in --dtype float32"
         )
         self.step, self.z_N, self.value_N = step, z_N, value_N
+
+
+class StopLearning(Exception):
+    """Raised by what hears of a step, `on_step`: learning ends with that step, and the gates are as they are then."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,8 @@ class Learned:
     """What the units rank by for other sizes (order.py): above 1 where kept, else below. None: z says it."""
     sensitivity_N: torch.Tensor | None = None
     """What each unit is worth alone, where it was measured."""
+    stopped: int | None = None
+    """The step after which StopLearning ended it; None where all steps were done."""
 
 
 def learn(
@@ -107,6 +116,8 @@ def learn(
     gradient_checkpointing: bool = False,
     guarded: Mapping[Guard, Blocks] | None = None,
     start: Start | None = None,
+    micro_batch_size: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> Learned:
     """Learns the gates of `model`, whose weights are frozen and otherwise left as they are.
 
@@ -116,13 +127,16 @@ def learn(
     one of RELAXATIONS; `measure_every` k records the held-out loss every k steps and changes nothing else. `teacher` is
     the model itself without gates unless another one is given. `gradient_checkpointing` computes each layer once more
     in the backward pass instead of keeping what it computed: less memory, the same gates. `guarded`: the texts whose
-    loss is bounded, with as many rows as of calibration. `start`: from other gates.
+    loss is bounded, with as many rows as of calibration. `start`: from other gates. `on_step` may raise StopLearning.
+    `micro_batch_size`: rows that go through the model at once. `ranks`: they do the same with the same arguments, and
+    share the passes; only rank 0 has checkpoints. The gates are the same on each, and with equal micro-batches on any
+    number of them.
     Raises LearningDiverged when the loss is not finite.
     """
     device = next(model.parameters()).device
     model.eval().requires_grad_(False)
     optimiser = Optimiser(recipe, limits.to(device), steps, seed, device, RELAXATIONS[method])
-    fixing = None
+    fixing, stopped = None, None
     settings = f"{method} {recipe} steps={steps} batch_size={batch_size} seed={seed} seq_len={calibration_NT.shape[1]}"
     settings += f" units={[(g.name, g.units) for g in groups]} budget={limits.allowed_C.tolist()} tie={limits.tie}"
     settings += "" if limits.policy.free else f" shape={limits.policy}"
@@ -143,7 +157,7 @@ def learn(
             checkpoints.save(State(int(tensors["done"]), settings, tensors, about, loss))
             losses.clear()
 
-    earlier = None if checkpoints is None else checkpoints.latest(settings)
+    earlier = ranks.handed(None if checkpoints is None else checkpoints.latest(settings))
     if earlier is not None:
         assert checkpoints is not None
         with checkpoints.restoring():
@@ -154,39 +168,38 @@ def learn(
         sensitivity_N = None if start is None else start.sensitivity_N
         if sensitivity_N is None:
             rows = recipe.sensitivity_batches * batch_size
+            measure = partial(gate_sensitivity, model, groups, on_row=on_measured, rows=micro_batch_size, ranks=ranks)
             with recomputing(model, gradient_checkpointing):
-                sensitivity_N = gate_sensitivity(model, groups, calibration_NT[:rows].to(device), on_measured)
+                sensitivity_N = measure(calibration_NT[:rows].to(device))
                 for weight, text in zip(multipliers.weights, guarded.values(), strict=True):
-                    rows_NT = text.calibration_NT[:rows].to(device)
-                    sensitivity_N += weight * gate_sensitivity(model, groups, rows_NT, on_measured)
+                    sensitivity_N += weight * measure(text.calibration_NT[:rows].to(device))
         optimiser.sensitivity_N = sensitivity_N.to(device)
         optimiser.start_from(*_weighed(optimiser.sensitivity_N, groups, recipe))
     batches = calibration_NT.split(batch_size)[:steps]
     guard_batches = [text.calibration_NT.split(batch_size) for text in guarded.values()]
     assert len(batches) == steps, f"{steps} steps need {steps} batches, got {len(batches)}"
 
+    def loss_of(rows_NT: torch.Tensor, gate_N: torch.Tensor | None = None) -> float:
+        return mean_loss(model, rows_NT, groups, None if gate_N is None else by_group(gate_N, groups), ranks=ranks)
+
     looked_at = [text.held_out_NT[: max(1, steps * batch_size // LOOKED_AT)] for text in guarded.values()]
-    dense = [mean_loss(model, rows_NT) for rows_NT in looked_at]
-
-    def above_dense(gate_N: torch.Tensor) -> list[float]:
-        gates = by_group(gate_N, groups)
-        gated = [mean_loss(model, rows_NT, groups, gates) for rows_NT in looked_at]
-        return [after - before for after, before in zip(gated, dense, strict=True)]
-
-    passes = Passes(model, groups, recipe, teacher, gradient_checkpointing)
+    dense = [loss_of(rows_NT) for rows_NT in looked_at]
+    held_out = partial(loss_of, held_out_NT)
+    passes = Passes(model, groups, recipe, teacher, gradient_checkpointing, micro_batch_size, ranks)
     state = optimiser.state(), fixing, multipliers.state()
     if earlier is None:
         save()  # sensitivity takes as long as many steps
     try:
         while optimiser.done < steps:
             if optimiser.done == optimiser.settles_at and optimiser.kept_N is None:
-                fixing = _fix(optimiser, model, groups, held_out_NT)
+                fixing = _fix(optimiser, held_out)
             found = passes.over(batches[optimiser.done], optimiser.z_N, optimiser.train_gates)
             grad_N, rises = found.grad_N, []
             for weight, own in zip(multipliers.weights, guard_batches, strict=True):
-                of_guard = passes.over(own[optimiser.done], optimiser.z_N, optimiser.train_gates)
+                of_guard = passes.over(own[optimiser.done], optimiser.z_N, optimiser.train_gates, dense=True)
+                assert of_guard.dense_ce is not None
                 grad_N = grad_N + weight * of_guard.grad_N
-                rises.append(of_guard.ce - of_guard.dense_ce())
+                rises.append(of_guard.ce - of_guard.dense_ce)
             if not (math.isfinite(found.loss) and torch.isfinite(grad_N).all()):
                 raise LearningDiverged(optimiser.done, optimiser.ranking(), optimiser.values())
             step = optimiser.advance(grad_N, found.loss, found.ce, found.kl, unseen(grad_N, groups))
@@ -194,26 +207,32 @@ def learn(
                 step = replace(step, guard_rises=rises, guard_weights=list(multipliers.weights))
                 multipliers.hear(rises)
                 if multipliers.looks_after(step.step):
-                    multipliers.look(above_dense(optimiser.values()))
+                    gated = [loss_of(rows_NT, optimiser.values()) for rows_NT in looked_at]
+                    multipliers.look([after - before for after, before in zip(gated, dense, strict=True)])
             if measure_every and step.step % measure_every == 0:
-                step = _measured(step, optimiser, model, groups, held_out_NT)
+                step = _measured(step, optimiser, held_out)
             if step.held_out_deployed is not None:
                 losses[:] = [step.held_out_deployed]
             elif optimiser.kept_N is not None and not measure_every:
                 losses.append(step.loss)
-            on_step(step)
+            try:
+                on_step(step)
+            except StopLearning:
+                stopped = step.step
+                break
             state = optimiser.state(), fixing, multipliers.state()
             if checkpoints is not None and checkpoints.due(optimiser.done, steps):
                 save()
     except KeyboardInterrupt:
         if earlier is None or int(state[0]["done"]) > earlier.step:
-            save()
+            with held_back():  # a launcher tells every rank of it once more
+                save()
         raise
     kept_N = optimiser.kept_N
     if kept_N is None:
         kept_N = optimiser.largest(optimiser.ranking())
     order_N = _order(optimiser, kept_N, groups)
-    return Learned(optimiser.ranking(), optimiser.values(), fixing, kept_N, order_N, optimiser.sensitivity_N)
+    return Learned(optimiser.ranking(), optimiser.values(), fixing, kept_N, order_N, optimiser.sensitivity_N, stopped)
 
 
 def _weighed(
@@ -228,11 +247,18 @@ def _order(optimiser: Optimiser, kept_N: torch.Tensor, groups: tuple[Group, ...]
     """What the units rank by for other sizes, above 1 where kept; None where z says it (Relaxation.score)."""
     if optimiser.relaxation.score is None:
         return None
+    limits, sublayers = optimiser.limits, optimiser.limits.sublayers
+    kept = kept_N.cpu().float()
     if optimiser.sensitivity_N is None:
-        return positions(optimiser.last_open_N, optimiser.z_N) + kept_N.cpu().float()
-    _, cost_N = _weighed(optimiser.sensitivity_N, groups, optimiser.recipe)
-    cost_N = cost_N * torch.where(kept_N, optimiser.values().square(), 1.0)  # closed ones would open whole
-    return positions(cost_N / optimiser.limits.share_N, optimiser.z_N) + kept_N.cpu().float()
+        order_N = positions(optimiser.last_open_N, optimiser.z_N) + kept
+    else:
+        _, cost_N = _weighed(optimiser.sensitivity_N, groups, optimiser.recipe)
+        now_N = cost_N * torch.where(kept_N, limits.times(optimiser.values()).square(), 1.0)  # closed: would open whole
+        if sublayers is not None:
+            now_N = sublayers.rescaled(cost_N, now_N)
+        worth_N = limits.per_share(now_N)
+        order_N = positions(worth_N if sublayers is None else sublayers.ranks(worth_N), optimiser.z_N) + kept
+    return order_N if sublayers is None else sublayers.to(order_N.device).highest(order_N)
 
 
 def unseen(grad_N: torch.Tensor, groups: tuple[Group, ...]) -> torch.Tensor | None:
@@ -246,27 +272,18 @@ def unseen(grad_N: torch.Tensor, groups: tuple[Group, ...]) -> torch.Tensor | No
     return torch.cat(parts)
 
 
-def _fix(optimiser: Optimiser, model: PreTrainedModel, groups: tuple[Group, ...], held_out_NT: torch.Tensor) -> Fixing:
-    def held_out() -> float:
-        return mean_loss(model, held_out_NT, groups, by_group(optimiser.values(), groups))
-
+def _fix(optimiser: Optimiser, held_out: Callable[[torch.Tensor], float]) -> Fixing:
     def kept() -> float:
         return optimiser.limits.share_of(optimiser.open_N)
 
-    kept_before, held_out_before = kept(), held_out()
+    kept_before, held_out_before = kept(), held_out(optimiser.values())
     optimiser.fix_kept_set()
-    return Fixing(optimiser.done, kept_before, kept(), held_out_before, held_out())
+    return Fixing(optimiser.done, kept_before, kept(), held_out_before, held_out(optimiser.values()))
 
 
 @torch.no_grad()
-def _measured(
-    step: Step, optimiser: Optimiser, model: PreTrainedModel, groups: tuple[Group, ...], held_out_NT: torch.Tensor
-) -> Step:
+def _measured(step: Step, optimiser: Optimiser, held_out: Callable[[torch.Tensor], float]) -> Step:
     """The step with held-out losses: gates as trained, over samples where they are noisy, and as deployed."""
-
-    def held_out(gate_N: torch.Tensor) -> float:
-        return mean_loss(model, held_out_NT, groups, by_group(gate_N, groups))
-
     samples = range(1, 1 + (SAMPLES if optimiser.relaxation.sampled and optimiser.kept_N is None else 1))
     trained = [held_out(optimiser.train_gates(optimiser.z_N, sample)) for sample in samples]
     kept_N = largest_that_fits(optimiser.ranking(), optimiser.limits)

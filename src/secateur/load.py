@@ -23,12 +23,14 @@ from transformers import (
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import cached_file
 
+from secateur.config import IN_MEMORY
+from secateur.depth import with_depth
 from secateur.describe import Description, check_causal, check_unquantised, describe
 from secateur.families import build, config_class, model_class
 from secateur.files import InputError, read_json
 from secateur.gguf_header import check_gguf
 from secateur.own_code import AGAIN, check_code
-from secateur.selection import AttentionUnit
+from secateur.selection import AttentionUnit, Depth
 from secateur.untrusted import (
     INDEX,
     MAX_HEADER,
@@ -63,18 +65,21 @@ def load(
     units: Collection[str] | None = None,
     attention_unit: AttentionUnit | None = None,
     keep: Collection[str] = (),
+    spread: bool = False,
+    depth: Depth = "off",
 ) -> Loaded:
     """Loads a causal LM and its tokenizer, in eval mode and without gradients. Raises InputError with one line.
 
     With a folder to `offload` to, weights stay on disk, where accelerate reads each one when it is needed
     (`weight_of`). `units` are the kinds to prune (Description.only), None: all that there are; `attention_unit` says
-    what those of attention are, `keep` which layers stay whole (Description.keeping).
+    what those of attention are, `keep` which layers stay whole (Description.keeping), `depth` whether sublayers have
+    gates of their own (depth.py). `spread`: the model stays on the CPU, in the dtype of the device, over several of
+    which it is to be spread (sharding.py).
     """
     where = _source(name)
-    description, config = describe_pretrained(name, trust_remote_code, attention_unit)  # before any weight is read
-    description = description if units is None else description.only(units)
-    description.check_attention(attention_unit)
-    description = description.keeping(keep)
+    config, skeleton = skeleton_of(name, trust_remote_code)
+    description = describe(skeleton, attention_unit)  # before any weight is read
+    description = with_depth(selected(description, units, attention_unit, keep), skeleton, depth)
     target = pick_device(device)
     own_dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     wanted = own_dtype if target.type != "cpu" or offload else torch.float32
@@ -85,7 +90,19 @@ def load(
         f"cannot load the tokenizer of {name}",
     )
     model = model.eval().requires_grad_(False)
-    return Loaded(model if offload else model.to(target), tokenizer, description, own_dtype)
+    return Loaded(model if offload or spread else model.to(target), tokenizer, description, own_dtype)
+
+
+def selected(
+    description: Description,
+    units: Collection[str] | None,
+    attention_unit: AttentionUnit | None,
+    keep: Collection[str],
+) -> Description:
+    """What a run prunes of a model, as its options say (see `load`)."""
+    description = description if units is None else description.only(units)
+    description.check_attention(attention_unit)
+    return description.keeping(keep)
 
 
 def read_model(
@@ -96,7 +113,7 @@ def read_model(
 
     def read() -> PreTrainedModel:
         if "gguf_file" not in where:
-            _check_weights(where["pretrained_model_name_or_path"])
+            _check_weights(where["pretrained_model_name_or_path"], _built(config, trust_remote_code))
         model: PreTrainedModel = model_class(config).from_pretrained(
             **where,
             dtype=dtype,
@@ -110,10 +127,22 @@ def read_model(
     return found
 
 
-def _check_weights(place: str) -> None:
+def _built(config: PreTrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
+    """The model of a configuration on the meta device. Raises ValueError where a weight would have no values."""
+    with torch.device("meta"):
+        skeleton = build(config, trust_remote_code)
+    if empty := [name for name, parameter in skeleton.named_parameters() if not parameter.numel()]:
+        raise ValueError(f"{empty[0]} would have no values")
+    return skeleton
+
+
+def _check_weights(place: str, skeleton: PreTrainedModel) -> None:
     """Checks the files of weights in a folder, or the names of those on the hub, before any is read."""
     if Path(place).is_dir():
         check_weights(Path(place))
+        size = sum(path.stat().st_size for path in Path(place).glob("*.safetensors"))
+        if (values := sum(parameter.numel() for parameter in skeleton.parameters())) > 2 * size:
+            raise ValueError(f"config.json asks for {values:,} values, and the files have {size:,} bytes")
     elif index := cached_file(place, INDEX, _raise_exceptions_for_missing_entries=False):
         plain_names(parse_json(read_bytes(Path(index), MAX_HEADER)))
 
@@ -167,14 +196,18 @@ def weights_fingerprint(model: torch.nn.Module) -> str:
 def describe_pretrained(
     name: str, trust_remote_code: bool = False, attention_unit: AttentionUnit | None = None
 ) -> tuple[Description, PreTrainedConfig]:
-    """What can be pruned in a model, from its configuration alone: it is built on the meta device, without weights."""
-    config = load_config_of(name, trust_remote_code)
-    with torch.device("meta"):
-        skeleton = _one_line(
-            lambda: build(config, trust_remote_code),
-            f"cannot build {name} from its configuration",
-        )
+    """What can be pruned in a model, from its configuration alone."""
+    config, skeleton = skeleton_of(name, trust_remote_code)
     return describe(skeleton, attention_unit), config
+
+
+def skeleton_of(name: str, trust_remote_code: bool = False) -> tuple[PreTrainedConfig, PreTrainedModel]:
+    """The configuration of a model, and the model that it says, built on the meta device, without weights."""
+    config = load_config_of(name, trust_remote_code)
+    skeleton: PreTrainedModel = _one_line(
+        lambda: _built(config, trust_remote_code), f"cannot build {name} from its configuration"
+    )
+    return config, skeleton
 
 
 def load_config_of(name: str, trust_remote_code: bool) -> PreTrainedConfig:
@@ -225,6 +258,12 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 def _source(name: str) -> dict[str, str]:
     """Arguments of `from_pretrained` for a folder, a hub id or a GGUF file."""
+    if name.startswith(IN_MEMORY):
+        raise InputError(
+            f"this run pruned a model {name}, which is gone: save that model and its tokenizer (save_pretrained) and "
+            "name their folder as `model:` in the run's config.yaml, or go on in Python by secateur.resume(RUN, model, "
+            "tokenizer)"
+        )
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():

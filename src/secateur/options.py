@@ -171,6 +171,27 @@ class Eval(OnRun):
 
 
 @dataclass
+class Push:
+    """Upload a finished run to the Hugging Face Hub: checkpoint, card with figures, gates, plan, settings.
+
+    Example: secateur push RUN --repo me/smol-pruned --private
+    """
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    repo: str
+    """Repository, OWNER/NAME; it is made if it is not there."""
+    private: bool = False
+    """Make it a private one."""
+    revision: str | None = None
+    """Branch to push to, made if it is not there (default: main)."""
+    with_report: bool = False
+    """Send report.html, too."""
+    dry_run: bool = False
+    """List the files and their sizes, and send nothing."""
+
+
+@dataclass
 class Report:
     """Write a page to look at, of one run or of several side by side: RUN/report.html.
 

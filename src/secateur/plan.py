@@ -52,7 +52,12 @@ class Plan:
         """Gate values as the units are stored: shape (kept,), or (experts, width), 0 where a channel only fills up."""
         if group.keys:  # the gate of a KV head multiplies what its query heads give, too
             keys_K = torch.zeros(group.kv_heads).index_copy(0, self.kept[group.keys], self.scales[group.keys])
-            return self.scales[group.name] * keys_K[self.kept[group.name] // group.width]
+            scales = self.scales[group.name] * keys_K[self.kept[group.name] // group.width]
+            return scales * self.scales[group.depth] if group.depth and not group.after else scales
+        if group.is_sublayer and group.after:
+            return torch.ones(len(self.kept[group.name]))
+        if group.depth and not group.after:
+            return self.scales[group.name] * self.scales[group.depth]
         if not group.experts:
             return self.scales[group.name]
         pack, gate_N = self.pack(group), self.gates([group])[group.name]
@@ -130,7 +135,7 @@ def make_plan(
     """The plan and what rounding did. `held_out_loss` maps gate values by group to a loss in nats a token; `kept_N` is
     the kept set, None: the largest that fits, by z."""
     z_N, value_N = gates.z_N.cpu(), gates.deployed().cpu()
-    open_N = z_N > 0
+    open_N = limits.open(z_N > 0)
     kept_N = largest_that_fits(z_N, limits) if kept_N is None else kept_N
     reopened_N = kept_N & ~open_N
     learned = held_out_loss(by_group(value_N, gates.groups))
@@ -197,6 +202,9 @@ def load_plan(path: Path, groups: Sequence[Group], architecture: str) -> tuple[P
         plan.check_heads(groups)
     except InputError as error:
         raise InputError(f"{path}: {error}; plan again") from None
+    for g in (g for g in groups if g.depth):
+        if len(kept[g.name]) and not len(kept[g.depth]):
+            raise InputError(f"{path}: {g.name} keeps units, and its sublayer {g.depth} is closed; plan again")
     for g, size in zip(groups, plan.sizes(groups).values(), strict=True):
         if size.width and size.width not in permitted(g, plan.policy):
             raise InputError(f"{path}: {g.name} is {size.width} units wide, which {shape} does not permit; plan again")

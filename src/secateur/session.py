@@ -21,13 +21,14 @@ from secateur.files import InputError, write_json
 from secateur.gates import Gates, architecture_fingerprint, load_gates
 from secateur.guard import Guard, read_guards
 from secateur.latency import LatencyTable, read_table
-from secateur.load import Loaded, autocast, load, weights_fingerprint
+from secateur.load import Loaded, autocast, load, pick_device, weights_fingerprint
 from secateur.optimise import Step
+from secateur.ranks import here
 from secateur.recover import RecoveryStep
 from secateur.report.files import checked
 from secateur.run import Run
 from secateur.selftext import self_written
-from secateur.text import evaluation_text, local_files
+from secateur.text import HELD_OUT, evaluation_text, local_files
 from secateur.updates import updates_of
 
 if TYPE_CHECKING:
@@ -61,6 +62,52 @@ class Progress:
     def warned(self, warning: str) -> None:
         """Something that is possible, and maybe not meant."""
 
+    def evaluated(self, results: Mapping[str, Any]) -> None:
+        """Both models have been measured: what eval.json is to hold."""
+
+
+@dataclass
+class Listeners(Progress):
+    """Tells several, in turn."""
+
+    each: list[Progress]
+
+    def stage(self, name: str) -> None:
+        for one in self.each:
+            one.stage(name)
+
+    def step(self, step: Step) -> None:
+        for one in self.each:
+            one.step(step)
+
+    def recovered(self, step: RecoveryStep) -> None:
+        for one in self.each:
+            one.recovered(step)
+
+    def size(self, name: str) -> None:
+        for one in self.each:
+            one.size(name)
+
+    def measured(self, rows: int) -> None:
+        for one in self.each:
+            one.measured(rows)
+
+    def written(self, tokens: int) -> None:
+        for one in self.each:
+            one.written(tokens)
+
+    def scored(self, rows: int, of: int) -> None:
+        for one in self.each:
+            one.scored(rows, of)
+
+    def warned(self, warning: str) -> None:
+        for one in self.each:
+            one.warned(warning)
+
+    def evaluated(self, results: Mapping[str, Any]) -> None:
+        for one in self.each:
+            one.evaluated(results)
+
 
 @dataclass
 class Session:
@@ -74,7 +121,9 @@ class Session:
 
     def autocast(self) -> torch.autocast:
         """The context that passes of learning run in (`--precision`)."""
-        return autocast(next(self.loaded.model.parameters()).device, self.config.precision)
+        own = next(self.loaded.model.parameters()).device
+        spread = self.config.shard and here().count > 1
+        return autocast(pick_device(self.config.device) if spread else own, self.config.precision)
 
     @property
     def config(self) -> Config:
@@ -90,8 +139,9 @@ class Session:
             local_files(str(data))  # a wrong path shows before a large model is loaded
         with self.timed("load"):
             return load(
-                c.model, c.device, c.dtype, c.trust_remote_code, self.offload, c.units, c.attention_unit, c.keep
-            )
+                c.model, c.device, c.dtype, c.trust_remote_code, self.offload, c.units, c.attention_unit, c.keep,
+                c.shard, c.depth,
+            )  # fmt: skip
 
     @cached_property
     def bos(self) -> int | None:
@@ -146,7 +196,7 @@ class Session:
         c = self.config
         if c.eval_data is None:
             rows_NT = self.blocks.held_out_NT
-            return rows_NT, f"held-out part of {c.data}", "packed"
+            return rows_NT, f"{HELD_OUT}{c.data}", "packed"
         characters = c.eval_windows * c.eval_length * 12 or None
         text = evaluation_text(c.eval_data, c.text_column, characters, c.eval_join)
         tokens_T = self.loaded.tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
@@ -187,9 +237,11 @@ class Session:
 
     @property
     def learned_steps(self) -> int:
-        """Learning steps behind the gates of a run: of a size of a sweep, those of the sizes before, too."""
+        """Learning steps behind the gates of a run: of a size of a sweep, those of the sizes before, too; fewer than
+        the settings say where a callback ended them."""
         gates = load_gates(self.run.gates, self.loaded.description.groups, self.architecture)
-        return int(gates.about.get("steps", 0) if "sweep" in gates.about else self.config.steps)
+        steps = gates.about.get("steps", 0) if "sweep" in gates.about else gates.about.get("stopped", self.config.steps)
+        return int(steps)
 
     @cached_property
     def given(self) -> Gates | None:

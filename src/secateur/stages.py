@@ -1,6 +1,6 @@
 """The stages of a run as functions: each reads files of the run folder and writes the next one, so each reruns alone.
 
-`prune` is all of them in a row with the model loaded once. The command line only parses and prints.
+`remaining_stages` is all of them in a row with the model loaded once. The command line only parses and prints.
 """
 
 import shutil
@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 from secateur.attach import attached, compensation
 from secateur.budget import everything, figures
 from secateur.card import model_card, public_name
-from secateur.config import Config
 from secateur.evaluate import compared
 from secateur.export import as_shipped, export
 from secateur.families import FAMILIES
@@ -34,7 +33,7 @@ from secateur.recover import LR, Recovery, recover
 from secateur.refit import Refit, kept_groups, normal_equations, refit
 from secateur.report import files
 from secateur.report.files import checked, evaluation, verification
-from secateur.run import Run, new_run, open_run, recorded, versions
+from secateur.run import Run, recorded, versions
 from secateur.samples import samples
 from secateur.session import Session
 from secateur.slicing import fold, pruned_shapes
@@ -352,18 +351,9 @@ def eval_stage(session: Session) -> dict[str, Any]:
     about = _about(session, _is_stock(run))
     card = model_card(c, plan.shape, rounding, results, verification(run.verify), results["updates"], *about)
     write_text(run.model / "README.md", card)
+    session.progress.evaluated(results)
     write_json(run.eval, results)  # last: where it is, all is done
     return results
-
-
-def prune(config: Config) -> dict[str, Any]:
-    """Prunes a model as `secateur prune` does, without a screen; returns what eval.json holds."""
-    return remaining_stages(Session(new_run(config)))
-
-
-def open_session(folder: Path | str, trust_remote_code: bool = False) -> Session:
-    """A session on an existing run, for the stage functions."""
-    return Session(open_run(Path(folder), trust_remote_code))
 
 
 def remaining_stages(session: Session) -> dict[str, Any]:
