@@ -1,7 +1,10 @@
 """The file of learned gates: what is saved is loaded, and what does not fit is refused in one line."""
 
+import json
+
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from runs import small_llama
@@ -75,3 +78,61 @@ def test_a_safetensors_file_of_something_else_is_refused(saved):
 def test_a_missing_file_is_named_with_the_command_that_writes_it(saved, tmp_path):
     _, gates, fingerprint = saved
     assert "secateur learn" in complaint(tmp_path / "none.safetensors", gates.groups, fingerprint)
+
+
+def rewritten(path, groups, change=lambda tensors: None, **about):
+    """The file with other tensors, or other words about them."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(path)
+    change(tensors)
+    with safe_open(path, framework="pt") as file:
+        said = json.loads(file.metadata()["secateur"])
+    save_file(tensors, path, metadata={"secateur": json.dumps(said | about)})
+
+
+@pytest.mark.parametrize(
+    "about", [{"steps": None}, {"steps": -1}, {"steps": "7"}, {"steps": True}, {"steps": 1e3}, {"budget": "kv=0.5"},
+              {"budget": None}, {"sparsity": "0.2"}, {"model": 3}, {"fixing": {"step": 1}}, {"experts": {"a": -1}},
+              {"experts": None}, {"tokens": 10**16}, {"weights": ["a"]}],
+    ids=str,
+)  # fmt: skip
+def test_gates_that_say_of_themselves_what_cannot_be_are_refused(saved, about):
+    path, gates, fingerprint = saved
+    rewritten(path, gates.groups, **about)
+    said = complaint(path, gates.groups, fingerprint)
+    assert "is not a valid gates file" in said and next(iter(about)) in said and "run `secateur learn` again" in said
+
+
+CHANGES = {
+    "nan": (
+        lambda t: t["layers.0.channels"].__setitem__(3, float("nan")),
+        "layers.0.channels holds values that are not",
+    ),
+    "infinite": (lambda t: t["layers.0.channels"].__setitem__(3, float("inf")), "not finite"),
+    "dtype": (lambda t: t.update({"layers.0.channels": t["layers.0.channels"].double()}), "not a row of float32"),
+    "shape": (lambda t: t.update({"layers.0.channels": t["layers.0.channels"].view(2, -1)}), "not a row of float32"),
+    "length": (lambda t: t.update({"layers.0.channels": torch.ones(63)}), "does not fit: 64 units here, 63 there"),
+    "values": (lambda t: t.update({f"value.{name}": -torch.ones(len(z)) for name, z in list(t.items())}), "negative"),
+    "incomplete": (lambda t: t.update({"order.layers.0.channels": torch.ones(64)}), "order is incomplete"),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_gates_that_are_not_finite_rows_of_float32_for_each_group_are_refused(saved, case):
+    path, gates, fingerprint = saved
+    change, reason = CHANGES[case]
+    rewritten(path, gates.groups, change)
+    assert reason in complaint(path, gates.groups, fingerprint)
+
+
+def test_orders_whose_groups_are_of_other_lengths_are_refused_though_their_sum_fits(saved):
+    path, gates, fingerprint = saved
+
+    def shift(tensors):
+        for g in gates.groups:
+            tensors[f"order.{g.name}"] = torch.ones(g.units)
+        tensors["order.layers.0.channels"], tensors["order.layers.1.channels"] = torch.ones(65), torch.ones(63)
+
+    rewritten(path, gates.groups, shift)
+    assert "order is incomplete" in complaint(path, gates.groups, fingerprint)

@@ -277,7 +277,7 @@ def test_a_plan_of_other_gates_is_said(made, tmp_path):
 
 def test_gates_that_do_not_say_their_experts_are_shown_together(tmp_path):
     run = make_run(tmp_path / "run", layers=2, experts=4, channels=8)
-    save_file(load_file(run / "gates.safetensors"), run / "gates.safetensors", metadata={"secateur": "{}"})
+    save_file(load_file(run / "gates.safetensors"), run / "gates.safetensors", metadata={"secateur": '{"format": 1}'})
     words = page_of(run).words
     assert "does not say how many experts a layer has" in words and "Layers × experts" not in words
 

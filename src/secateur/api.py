@@ -107,12 +107,14 @@ def open_session(
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     callbacks: Iterable[Callback] = (),
+    trust_remote_code: bool = False,
 ) -> Session:
     """A session on an existing run, for the stage functions; of a run on a model in memory with that model again.
+    `trust_remote_code` is to be said again of a run whose settings ask for it.
 
     Raises InputError where it is another one.
     """
-    session = Session(open_run(Path(folder)), _listeners(callbacks))
+    session = Session(open_run(Path(folder), trust_remote_code), _listeners(callbacks))
     if model is not None:
         check_given(model, tokenizer)
         own, asked = session.config.model, name_of(model)
@@ -131,9 +133,11 @@ def resume(
     *,
     callbacks: Iterable[Callback] = (),
     show: bool = False,
+    trust_remote_code: bool = False,
 ) -> Pruned:
     """Goes on with an interrupted run, or shows a finished one again; a model in memory is given again."""
-    return _finish(open_session(folder, model, tokenizer, callbacks=callbacks), show)
+    trust = {"trust_remote_code": trust_remote_code}
+    return _finish(open_session(folder, model, tokenizer, callbacks=callbacks, **trust), show)
 
 
 def inspect(model: PreTrainedModel | str | Path, trust_remote_code: bool = False) -> Inspection:

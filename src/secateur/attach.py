@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from secateur.experts import Inside, inside_experts
+from secateur.files import InputError
 from secateur.units import Group, by_norm, by_writer
 
 
@@ -66,8 +67,14 @@ def compensation(
     means: Mapping[str, torch.Tensor] | None,
 ) -> dict[str, torch.Tensor]:
     """Group name → the bias that makes up for what its gates remove; empty where there are no means."""
-    closing = [g for g in groups if means and (gates[g.name] == 0).any()]
-    return {g.name: compensating_bias(writer(model, g).weight, (means or {})[g.name], gates[g.name]) for g in closing}
+    biases = {}
+    for g in groups:
+        if means and (gates[g.name] == 0).any():
+            weight = writer(model, g).weight
+            if g.name not in means or means[g.name].shape != weight.shape[1:]:
+                raise InputError(f"the gates have not a mean for each input of {g.writer}; run `secateur learn` again")
+            biases[g.name] = compensating_bias(weight, means[g.name], gates[g.name])
+    return biases
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from secateur.ideal import Cost, Ideal, cost_of, eaten, ideals, odd_widths
 from secateur.latency import against_measured, read_table
 from secateur.load import describe_pretrained, describe_selected
 from secateur.measure import Measured, Settings, Timing, measure, processor
+from secateur.own_code import brings_own_code
 from secateur.run import Run
 from secateur.slicing import pruned_shapes
 from secateur.stages import checked_export, planned
@@ -67,7 +68,7 @@ def prediction_of(run: Run) -> Callable[[Mapping[str, Any]], dict[str, Any]] | N
     table.check_model(description, run.latency)
     groups = description.groups
     plan, _ = planned(run, groups, architecture_fingerprint(groups, description.shapes))
-    exported, _ = describe_pretrained(str(checked_export(run)), True)
+    exported, _ = describe_pretrained(str(checked_export(run)), brings_own_code(run.model))
     if exported.shapes != pruned_shapes(description, plan):
         raise InputError(f"{run.model} was exported from another plan; run `secateur export {run.folder}` first")
     return partial(against_measured, table, description, plan.stored(groups))
@@ -87,7 +88,10 @@ def bench(
     What a runtime wants in another form is written to the folder `scratch`. `hear` is told what is being done.
     """
     settings.check()
-    names, trust = {"dense": dense, "pruned": pruned}, {"dense": trust_remote_code, "pruned": True}
+    names, trust = (
+        {"dense": dense, "pruned": pruned},
+        {"dense": trust_remote_code, "pruned": brings_own_code(Path(pruned))},
+    )
     described = {name: describe_pretrained(model, trust[name]) for name, model in names.items()}
     costs = {name: cost_of(description) for name, (description, _) in described.items()}
     stand = stand_for(settings, described["pruned"][1], costs["dense"], scratch, hear)

@@ -285,7 +285,7 @@ def command(options: Bench, hear: Callable[[str], None], console: Console) -> No
     """`secateur bench`, of a run or for a table."""
     options.check()
     if options.table is None:
-        return show(console, bench_run(open_one(options.run), options, hear))
+        return show(console, bench_run(open_one(options.run, options.trust_remote_code), options, hear))
     path, model = options.table, str(options.run)
     asked = Asked(model, options.shape or "ragged", options.units, options.attention_unit, options.trust_remote_code)
     for line in said(measure_table(asked, path, options, hear)):

@@ -9,16 +9,17 @@ damaged is known by its digest, and the one before it is taken.
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from secateur.files import InputError, remove, replacing
+from secateur.untrusted import read_tensors, said_in
 
 KEPT = 2
 """States that are kept beside the best."""
@@ -90,7 +91,7 @@ class Checkpoints:
         for path in self._newest_first():
             try:
                 state = _read(path)
-            except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            except (OSError, ValueError) as error:
                 self.unreadable.add(path)
                 self.warn(f"{path} is damaged ({str(error).strip().partition(chr(10))[0]}); going on from before it")
                 continue
@@ -98,6 +99,17 @@ class Checkpoints:
                 raise InputError(f"{path} belongs to other settings than these; delete {self.folder} to start over")
             return state
         return None
+
+    @contextmanager
+    def restoring(self) -> Iterator[None]:
+        """Within, what was trained takes over a state. Raises InputError for one that does not fit it."""
+        try:
+            yield
+        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise InputError(
+                f"{self.folder} holds a state that does not fit this training ({reason}); delete it to start over"
+            ) from None
 
     def left_over(self, steps: int, said: str = "") -> bool:
         """Whether the newest state is that after the last of `steps`, its settings saying what is `said`: then they are
@@ -131,16 +143,24 @@ def _step(path: Path) -> int:
 def _said(path: Path) -> dict[str, Any]:
     """What a file says of itself; nothing where it is damaged."""
     try:
-        with safe_open(path, framework="pt") as file:
-            return dict(json.loads(file.metadata()["secateur"]))
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        said = said_in(path)
+    except (OSError, ValueError):
         return {}
+    return said if _valid(said) else {}
+
+
+def _valid(said: Any) -> bool:
+    """Whether it is what `save` writes."""
+    if not isinstance(said, dict) or set(said) != {"step", "settings", "about", "loss", "digest"}:
+        return False
+    texts = isinstance(said["settings"], str) and isinstance(said["digest"], str)
+    return texts and type(said["step"]) is int and said["step"] >= 0 and isinstance(said["loss"], float | int | None)
 
 
 def _read(path: Path) -> State:
-    with safe_open(path, framework="pt") as file:
-        said = dict(json.loads((file.metadata() or {})["secateur"]))
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    tensors, said = read_tensors(path)
+    if not _valid(said):
+        raise ValueError("it is not a state of training")
     digest = said.pop("digest")
     state = State(tensors=tensors, **said)
     if state.digest != digest:

@@ -24,6 +24,7 @@ from secateur.options import (
     Export,
     Inspect,
     Learn,
+    OnRun,
     Plan,
     Prune,
     Push,
@@ -53,7 +54,7 @@ def prune(options: Prune) -> None:
 
     check_installed(options.log)
     if options.resume is not None:
-        run = open_run(options.resume)
+        run = open_run(options.resume, options.trust_remote_code)
         # How gates are learned is for the machine at hand to say.
         own = {name: getattr(options, name) for name in ("micro_batch_size", "shard", "gradient_checkpointing")}
         run = replace(run, config=replace(run.config, **own))
@@ -70,7 +71,7 @@ def prune(options: Prune) -> None:
 
     show(console, results, run.folder / "sizes.png")
     if "picked" in results:
-        return _print(_open(run.sizes / results["picked"]), results["results"])
+        return _print(open_run(run.sizes / results["picked"], options.trust_remote_code), results["results"])
     again = f"secateur export {run.folder}"
     return console.print(f"to write one: `{again} --sparsity 0.3`, or `{again} --pick 'loss<=1.05'`", markup=False)
 
@@ -110,7 +111,7 @@ def learn(options: Learn) -> None:
     """`secateur learn`."""
     from secateur import ranks
 
-    run = _open(options.run, sweeps=True)
+    run = _open(options, sweeps=True)
     if options.sweep is not None:
         run = replace(run, config=replace(run.config, sparsity=None, sweep=options.sweep))
     ranks.call(run.config)
@@ -130,11 +131,11 @@ def plan(options: Plan) -> None:
 
     low = options.low_memory
     if options.compare:
-        return show(console, *_staged(_open(options.run), "compare_shapes", low, shape=options.shape))
+        return show(console, *_staged(_open(options), "compare_shapes", low, shape=options.shape))
     if asked := _asked(options):
-        size, rounding = _staged(_open(options.run, sweeps=True), plan_size, low, shape=options.shape, **asked)
+        size, rounding = _staged(_open(options, sweeps=True), plan_size, low, shape=options.shape, **asked)
         return console.print(f"{said(rounding)}\nwrote {size.run.plan}", markup=False, soft_wrap=True)
-    rounding, beside = _staged(_open(options.run), "plan_beside_ragged", low, shape=options.shape)
+    rounding, beside = _staged(_open(options), "plan_beside_ragged", low, shape=options.shape)
     console.print(said(rounding))
     if beside is not None:
         console.print(beside, markup=False)
@@ -144,7 +145,7 @@ def plan(options: Plan) -> None:
 def export(options: Export) -> None:
     """`secateur export`."""
     asked, low = _asked(options), options.low_memory
-    run = _open(options.run, sweeps=bool(asked or options.pick))
+    run = _open(options, sweeps=bool(asked or options.pick))
     if options.pick is not None:
         from secateur.pareto import compare_sizes, picked
 
@@ -152,7 +153,7 @@ def export(options: Export) -> None:
             raise InputError(f"--pick {options.pick} says a size, so another one contradicts it")
         size = picked(_staged(run, compare_sizes), options.pick)
         console.print(f"picked {size['name']}: loss × {size['shares']['loss']:.3f}", markup=False)
-        run = _open(Path(size["folder"]))
+        run = _open(options, folder=Path(size["folder"]))
     if asked:
         from secateur.sizes import export_size
 
@@ -175,7 +176,7 @@ def sizes(options: Sizes) -> None:
     """`secateur sizes`."""
     from secateur.pareto import compare_sizes, show
 
-    run = _open(options.run, sweeps=True)
+    run = _open(options, sweeps=True)
     show(console, _staged(run, compare_sizes), run.folder / "sizes.png")
 
 
@@ -185,8 +186,8 @@ def verify(options: Verify) -> None:
         from secateur.equivalence import runtime_stage, table
 
         own = {name: getattr(options, name) for name in ("runtime", "prompts", "new_tokens")}
-        return console.print(table(_staged(_open(options.run), runtime_stage, **own)))
-    for c in _staged(_open(options.run), "verify_stage"):
+        return console.print(table(_staged(_open(options), runtime_stage, **own)))
+    for c in _staged(_open(options), "verify_stage"):
         console.print(f"{c.dtype}: logits differ by at most {c.max_difference:.2g} on {c.tokens:,} tokens: passed")
     return None
 
@@ -229,9 +230,10 @@ def report(options: Report) -> None:
 def push(options: Push) -> None:
     """`secateur push`."""
     from secateur.push import push
+    from secateur.run import open_one
 
     own = {name: value for name, value in vars(options).items() if name != "run"}
-    pushed = push(_open(options.run), **own)
+    pushed = push(open_one(options.run, trust_remote_code=None), **own)
     for line in pushed.lines():
         console.print(line, markup=False, soft_wrap=True)
     done = f"pushed to {pushed.url}" if pushed.url else f"nothing was sent; without --dry-run it goes to {options.repo}"
@@ -261,16 +263,17 @@ IN_RANKS = ("prune", "learn")
 # --- what they share -------------------------------------------------------------------------------------------------
 
 
-def _open(folder: Path, sweeps: bool = False) -> "Run":
+def _open(options: OnRun, sweeps: bool = False, folder: Path | None = None) -> "Run":
+    """The run of a command; with `folder` another one that belongs to it."""
     from secateur.run import open_one, open_run
 
-    return open_run(folder) if sweeps else open_one(folder)
+    return (open_run if sweeps else open_one)(folder or options.run, options.trust_remote_code)
 
 
 def _open_with(options: Any) -> "Run":
     """The run, its settings overridden by what the options of a stage say."""
-    run = _open(options.run)
-    own = {name: value for name, value in vars(options).items() if name != "run" and value not in (None, ())}
+    run, ours = _open(options), ("run", "trust_remote_code")
+    own = {name: value for name, value in vars(options).items() if name not in ours and value not in (None, ())}
     return replace(run, config=replace(run.config, **own))
 
 

@@ -17,6 +17,7 @@ from secateur.guard import read_guards
 from secateur.policy import policy_of
 from secateur.recipes import EQUAL_WIDTHS, ONE_SHOT, WHOLE_EXPERTS, Method, Recipe, recipe_of
 from secateur.selection import AttentionUnit, Depth, Kind, check_selection, kept_words
+from secateur.untrusted import read_yaml
 from secateur.wanted import what_is_asked
 
 Log = Literal["tensorboard", "wandb"]
@@ -351,16 +352,29 @@ def save_config(config: Config, path: Path) -> None:
     write_text(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
+def trusted(config: Config, path: Path, trust_remote_code: bool | None) -> Config:
+    """Settings from a file, which may be someone else's: code of the model runs only where it is asked for here, too.
+    Raises InputError where the file alone asks for it. None: no model is loaded, the settings are only shown."""
+    if trust_remote_code is None:
+        return config
+    if config.trust_remote_code and not trust_remote_code:
+        raise InputError(
+            f"{path} asks to run code that comes with {config.model} (trust_remote_code: true); if you trust it, say "
+            "--trust-remote-code here, too"
+        )
+    return replace(config, trust_remote_code=trust_remote_code)
+
+
 def load_config(path: Path) -> Config:
     """Reads a config file. Raises InputError that names the file and the wrong field."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_yaml(path)
     except FileNotFoundError:
         raise InputError(
             f"{path} is missing: not the folder of a run, or `secateur prune` never started there"
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not readable YAML: {str(error).splitlines()[0]}") from None
+    except ValueError as error:
+        raise InputError(f"{path} is not readable YAML: {error}") from None
     try:
         return TypeAdapter(Config).validate_python(values)
     except ValidationError as error:

@@ -9,7 +9,7 @@ Shape suffixes: N blocks, T tokens of a block or sequence.
 import hashlib
 import json
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from secateur.files import InputError, replacing
 from secateur.text import documents
+from secateur.untrusted import read_tensors
 
 SELF = "self"
 """Value of `--data` for text that the model itself writes."""
@@ -80,7 +80,8 @@ def load_blocks(
         "vocab_size": vocab_size, "seq_len": seq_len, "calibration_blocks": calibration_blocks,
         "held_out_blocks": held_out_blocks, "seed": seed, "epochs": epochs, "bos": bos,
     }  # fmt: skip
-    if (stored := load_stored(cache, settings)) is None:
+    stored = load_stored(cache, settings, vocab_size, ("calibration", "held_out"))
+    if stored is None or not _fit(stored, seq_len, held_out_blocks):
         least = -(-calibration_blocks // epochs)
         if data != SELF:
             written = _tokenised(_shuffled(filter(str.strip, documents(data, text_column)), seed), tokenizer)
@@ -104,6 +105,14 @@ def load_blocks(
         stored = store(cache, tensors, settings, about)
     tensors, about = stored
     return Blocks(_in_order(tensors["calibration"].long(), calibration_blocks, seed), tensors["held_out"].long(), about)
+
+
+def _fit(stored: Stored, seq_len: int, held_out_blocks: int) -> bool:
+    """Whether stored blocks are those that they say, and of the right size."""
+    blocks, about = stored
+    sizes = all(rows_NT.shape[1] == seq_len for rows_NT in blocks.values())
+    whole = fingerprint(blocks["calibration"], blocks["held_out"]) == about.get("fingerprint")
+    return sizes and whole and len(blocks["held_out"]) == held_out_blocks
 
 
 def _too_short(data: str, part: str, blocks: int, seq_len: int, found: int, remedy: str) -> InputError:
@@ -190,10 +199,22 @@ def store(path: Path, tensors: dict[str, torch.Tensor], settings: dict[str, Any]
     return tensors, about
 
 
-def load_stored(path: Path, settings: dict[str, Any]) -> Stored | None:
+def load_stored(path: Path, settings: dict[str, Any], vocab_size: int, names: Collection[str]) -> Stored | None:
     """Tensors and `about` of a file that `store` wrote with the same settings; None if missing, other or broken."""
-    with suppress(OSError, SafetensorError, KeyError, TypeError, ValueError), safe_open(path, framework="pt") as file:
-        stored = json.loads(file.metadata()["secateur"])
-        if stored["settings"] == settings:
-            return {name: file.get_tensor(name) for name in file.keys()}, stored["about"]  # noqa: SIM118
+    with suppress(OSError, ValueError):
+        tensors, said = stored_tokens(path, vocab_size)
+        if said["settings"] == settings and tensors.keys() == set(names):
+            return tensors, said["about"]
     return None
+
+
+def stored_tokens(path: Path, vocab_size: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Tensors of a file of tokens, and what it says of itself. Raises ValueError for what is none."""
+    tensors, said = read_tensors(path)
+    if not isinstance(said, dict) or not all(isinstance(said.get(name), dict) for name in ("settings", "about")):
+        raise ValueError("it is not a file of tokens")
+    for name, ids_NT in tensors.items():
+        rows = ids_NT.dtype == torch.int32 and ids_NT.ndim == 2
+        if not rows or not ((ids_NT >= 0) & (ids_NT < vocab_size)).all():
+            raise ValueError(f"{name} is not rows of tokens below {vocab_size}")
+    return tensors, said

@@ -9,7 +9,6 @@ class that the user will load is built on the meta device, and its shapes are co
 import copy
 import importlib
 import json
-import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -30,18 +29,18 @@ from transformers import (
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.integrations.heterogeneity import AmbiguousGlobalPerLayerAttributeError
 
-from secateur import families, modeling_pruned
+from secateur import families
 from secateur.describe import Description, check_unquantised, head_dim
 from secateur.experts import is_fused
 from secateur.files import InputError, replacing, write_json, write_text
 from secateur.load import weight_of
+from secateur.own_code import MODELING_FILE, STOCK, modeling_text, pruned_name
 from secateur.plan import Plan
 from secateur.shards import write_shards
 from secateur.slicing import added_biases, pruned_shapes, sliced
 from secateur.units import said_by_config, whole
 
 EXPORT_FORMAT = 1
-MODELING_FILE = "modeling_pruned.py"
 
 
 def export(
@@ -263,29 +262,26 @@ def _stock_class(cls: type) -> type[PreTrainedModel]:
     )
 
 
-def _pruned_name(stock: type[PreTrainedModel]) -> str:
-    """Name of the pruned class: that of the stock one is in it, which is all that a serving plugin is told."""
-    return f"Pruned{stock.__name__}"
-
-
 def _auto_classes(stock: type[PreTrainedModel]) -> dict[str, Any]:
     """What config.json says of the classes in the modelling file."""
-    classes = {"AutoConfig": "PrunedConfig", "AutoModel": "PrunedModel", "AutoModelForCausalLM": _pruned_name(stock)}
+    classes = {
+        "AutoConfig": "PrunedConfig",
+        "AutoModel": "PrunedModel",
+        "AutoModelForCausalLM": pruned_name(stock.__name__),
+    }
     module = MODELING_FILE.removesuffix(".py")
     auto_map = {auto: f"{module}.{name}" for auto, name in classes.items()}
-    return {"architectures": [_pruned_name(stock)], "auto_map": auto_map}
+    return {"architectures": [pruned_name(stock.__name__)], "auto_map": auto_map}
 
 
 def _modeling_text(stock: type[PreTrainedModel], stock_base: type[PreTrainedModel]) -> str:
-    """modeling_pruned.py with the imports of this architecture in the place of Llama's."""
-    text = Path(modeling_pruned.__file__).read_text(encoding="utf-8")
-    for cls, alias in ((stock.config_class, "StockConfig"), (stock, "StockForCausalLM"), (stock_base, "StockModel")):
+    """The modelling file of this architecture."""
+    classes = {}
+    for alias, cls in zip(STOCK, (stock.config_class, stock, stock_base), strict=True):
         own = cls.__module__.startswith(families.__name__)  # such a file travels beside this one
         module = f".{cls.__module__.rpartition('.')[2]}" if own else cls.__module__
-        line = f"from {module} import {cls.__name__} as {alias}"
-        text, count = re.subn(rf"^from .* as {alias}  # stock$", line, text, flags=re.MULTILINE)
-        assert count == 1, f"no import of {alias} in {MODELING_FILE}"
-    return text.replace("class PrunedForCausalLM", f"class {_pruned_name(stock)}")
+        classes[alias] = (module, cls.__name__)
+    return modeling_text(classes)
 
 
 def _travelling(stock: type[PreTrainedModel], folder: Path) -> dict[str, Any]:

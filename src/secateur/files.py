@@ -16,6 +16,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from secateur.untrusted import MAX_JSON, parse_json, read_bytes
+
 TEMPORARY = re.compile(r"\.(?P<target>.+)\.(?P<process>\d+)(?P<earlier>\.earlier)?\.tmp")
 """Names of what is not whole yet, and of an earlier folder while another one takes its place."""
 
@@ -144,7 +146,7 @@ def write_json(target: Path, value: Any) -> None:
 def read_json(path: Path, made_by: str) -> Any:
     """Reads JSON; `made_by` is the command to run when the file is missing or broken."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(read_bytes(path, MAX_JSON))
     except FileNotFoundError:
         raise InputError(f"{path} is missing; `{made_by}` writes it") from None
     except ValueError as error:

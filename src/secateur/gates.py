@@ -14,17 +14,43 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from pydantic import Field, TypeAdapter, ValidationError
 from safetensors.torch import save_file
+from typing_extensions import TypedDict
 
 from secateur.files import InputError, replacing
+from secateur.report.files import Fixing, first_fault
 from secateur.units import Group, Shapes
+from secateur.untrusted import read_tensors
 
 GATES_FORMATS = (1, 2)
 """2: with gates of sublayers, by which the gates of their units are multiplied."""
+
+Count = Annotated[int, Field(ge=0, le=10**15)]
+
+
+class About(TypedDict, total=False):
+    """What is relied on of what a gates file says of itself. There is more, for people."""
+
+    architecture: str
+    units: str
+    weights: str
+    method: str
+    model: str
+    sparsity: float | None
+    budget: list[str]
+    shape: str
+    steps: Count
+    tokens: Count
+    fixing: Fixing | None
+    experts: dict[str, Count]
+    sweep: str
+    stopped: Count
+    depth: str
+
 
 OPTIONAL = ("value", "order", "sensitivity")
 """Tensors that a group may have beside its z."""
@@ -98,19 +124,37 @@ def save_gates(path: Path, gates: Gates) -> None:
         save_file(tensors, temporary, metadata=metadata)
 
 
-def load_gates(path: Path, groups: Sequence[Group], *fingerprints: str) -> Gates:
-    """Reads gates and checks that they belong to this architecture: to all shapes of the model, or to those of what is
-    pruned, whose fingerprint is one of these. Raises InputError with the reason if not."""
+def read_gates(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The tensors of a gates file, and what it says of itself. Raises InputError for what no gates file holds."""
     try:
-        with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {}).get("secateur", "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors, about = read_tensors(path)
     except FileNotFoundError:
         raise InputError(f"{path} is missing; `secateur learn` writes it") from None
-    except (SafetensorError, ValueError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise InputError(f"{path} is not a readable gates file ({error}); run `secateur learn` again") from None
     if not isinstance(about, dict) or about.get("format") not in GATES_FORMATS:
         raise InputError(f"{path} is not a gates file of format 1 or 2; learn the gates anew with this version")
+    try:
+        TypeAdapter(About).validate_python(about, strict=True)
+    except ValidationError as error:
+        raise InputError(
+            f"{path} is not a valid gates file ({first_fault(error)}); run `secateur learn` again"
+        ) from None
+    for name, tensor in tensors.items():
+        fault = None
+        if tensor.dtype != torch.float32 or tensor.ndim != 1:
+            fault = f"holds {tensor.dtype} of shape {list(tensor.shape)}, not a row of float32"
+        elif not tensor.isfinite().all():
+            fault = "holds values that are not finite"
+        if fault:
+            raise InputError(f"{path} is not a valid gates file ({name} {fault}); run `secateur learn` again")
+    return tensors, about
+
+
+def load_gates(path: Path, groups: Sequence[Group], *fingerprints: str) -> Gates:
+    """Reads gates and checks that they belong to this architecture: to all shapes of the model, or to those of what is
+    pruned, whose fingerprint is one of these. Raises InputError with the reason if not."""
+    tensors, about = read_gates(path)
     depth, said = about.get("depth", "off"), depth_of(groups)
     if depth != said:
         has = "no gates of sublayers" if depth == "off" else f"gates of --depth {depth}"
@@ -125,9 +169,15 @@ def load_gates(path: Path, groups: Sequence[Group], *fingerprints: str) -> Gates
         raise InputError(f"{path} holds gates of another architecture{of} ({detail}); learn gates for this model")
 
     def found(prefix: str) -> dict[str, torch.Tensor]:
-        return {g.name: tensors[prefix + g.name].float() for g in groups if prefix + g.name in tensors}
+        return {g.name: tensors[prefix + g.name] for g in groups if prefix + g.name in tensors}
 
-    more = {f"{prefix}_N": torch.cat(list(parts.values())) for prefix in OPTIONAL if (parts := found(f"{prefix}."))}
-    if wrong_size := [name for name, values_N in more.items() if values_N.numel() != sum(g.units for g in groups)]:
-        raise InputError(f"{path} is not a readable gates file ({wrong_size[0][:-2]} is incomplete); learn again")
-    return Gates(torch.cat(list(found("").values())), tuple(groups), about, means=found("mean.") or None, **more)
+    more = {}
+    for prefix in OPTIONAL:
+        if parts := found(f"{prefix}."):
+            if any(g.name not in parts or parts[g.name].shape != (g.units,) for g in groups):
+                raise InputError(f"{path} is not a readable gates file ({prefix} is incomplete); learn again")
+            more[f"{prefix}_N"] = torch.cat(list(parts.values()))
+    gates = Gates(torch.cat(list(found("").values())), tuple(groups), about, means=found("mean.") or None, **more)
+    if (gates.deployed() < 0).any():
+        raise InputError(f"{path} is not a valid gates file (gates are negative); run `secateur learn` again")
+    return gates

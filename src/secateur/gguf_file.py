@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from secateur.files import InputError, replacing
+from secateur.own_code import brings_own_code
 
 GGUFType = Literal["f32", "f16", "q8_0"]
 
@@ -105,7 +106,7 @@ def write_gguf(checkpoint: Path, out: Path, kind: str = "f16", *, tokenizer: boo
         try:
             _add_configuration(writer, model, layers, kind)
             if tokenizer:
-                words = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True)
+                words = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
                 add_tokenizer(writer, words, model.vocabulary)
             else:
                 add_numbers(writer, model.vocabulary)
@@ -168,7 +169,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+        self.config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=brings_own_code(folder))
         self.name = (getattr(self.config, "secateur", None) or {}).get("base_model") or folder.resolve().parent.name
         self.files: dict[str, Any] = {}
         for path in sorted(folder.glob("*.safetensors")):

@@ -107,4 +107,7 @@ class Multipliers:
 
     def restore(self, state: dict[str, list[float]]) -> None:
         """Takes over what `state` gave."""
-        self.weights, self.rises, self.gaps = (list(state[name]) for name in ("weights", "rises", "gaps"))
+        found = [list(map(float, state[name])) for name in ("weights", "rises", "gaps")]
+        if {len(found[0]), len(found[2]), len(found[1] or self.guards)} != {len(self.guards)}:
+            raise ValueError(f"it has multipliers of other than {len(self.guards)} guards")
+        self.weights, self.rises, self.gaps = found

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from itertools import pairwise
-from math import isfinite
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,6 +27,9 @@ TABLE_FORMAT = 1
 
 PICOSECONDS = 10**12
 """Of a second: costs are whole numbers of them."""
+
+LONGEST = 1e6
+"""Seconds that anything takes."""
 
 SCALE = 10**6
 """Picoseconds of what budgets count, microseconds."""
@@ -225,8 +227,8 @@ def _faults(table: LatencyTable) -> Iterator[str]:
             where = f"{kind} at batch size {batch}"
             if [len(curve) for curve in times.sublayers] != [len(s.stored) for s in table.sublayers]:
                 yield f"{where} has not a time for each width"
-            elif not all(map(isfinite, [times.whole, *(t for curve in times.sublayers for t in curve)])):
-                yield f"{where} has times that are not finite"
+            elif not all(abs(t) < LONGEST for t in [times.whole, *(t for curve in times.sublayers for t in curve)]):
+                yield f"{where} has times that are not finite, or of many days"
             elif any(curve[0] != 0 or any(a > b for a, b in pairwise(curve)) for curve in times.sublayers):
                 yield f"{where} has times that do not rise from 0"
             elif times.whole <= 0:

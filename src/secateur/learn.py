@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import torch
+from pydantic import TypeAdapter
 from transformers import PreTrainedModel
 
 from secateur.budget import Budget, largest_that_fits
@@ -163,9 +164,11 @@ def learn(
 
     earlier = ranks.handed(None if checkpoints is None else checkpoints.latest(settings))
     if earlier is not None:
-        optimiser.restore(earlier.tensors)
-        multipliers.restore(earlier.about["guards"])
-        fixing = None if earlier.about["fixing"] is None else Fixing(**earlier.about["fixing"])
+        assert checkpoints is not None
+        with checkpoints.restoring():
+            optimiser.restore(earlier.tensors)
+            multipliers.restore(earlier.about["guards"])
+            fixing = TypeAdapter(Fixing | None).validate_python(earlier.about["fixing"])
     elif recipe.sensitivity_batches:
         sensitivity_N = None if start is None else start.sensitivity_N
         if sensitivity_N is None:

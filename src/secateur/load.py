@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
@@ -22,13 +21,25 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.utils import cached_file
 
 from secateur.config import IN_MEMORY
 from secateur.depth import with_depth
 from secateur.describe import Description, check_causal, check_unquantised, describe
 from secateur.families import build, config_class, model_class
 from secateur.files import InputError, read_json
+from secateur.gguf_header import check_gguf
+from secateur.own_code import AGAIN, check_code
 from secateur.selection import AttentionUnit, Depth
+from secateur.untrusted import (
+    INDEX,
+    MAX_HEADER,
+    check_folder,
+    check_weights,
+    parse_json,
+    plain_names,
+    read_bytes,
+)
 
 SAMPLED = 256
 """Values of each weight that `weights_fingerprint` looks at."""
@@ -139,17 +150,41 @@ def read_model(
 ) -> PreTrainedModel:
     """The causal LM of a configuration with its weights. Raises InputError with one line."""
     where = _source(name)
-    model: PreTrainedModel = _one_line(
-        lambda: model_class(config).from_pretrained(
+
+    def read() -> PreTrainedModel:
+        if "gguf_file" not in where:
+            _check_weights(where["pretrained_model_name_or_path"], _built(config, trust_remote_code))
+        model: PreTrainedModel = model_class(config).from_pretrained(
             **where,
             dtype=dtype,
             use_safetensors=None if "gguf_file" in where else True,
             trust_remote_code=trust_remote_code,
             **options,
-        ),
-        f"cannot load the weights of {name}",
-    )
-    return model
+        )
+        return model
+
+    found: PreTrainedModel = _one_line(read, f"cannot load the weights of {name}")
+    return found
+
+
+def _built(config: PreTrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
+    """The model of a configuration on the meta device. Raises ValueError where a weight would have no values."""
+    with torch.device("meta"):
+        skeleton = build(config, trust_remote_code)
+    if empty := [name for name, parameter in skeleton.named_parameters() if not parameter.numel()]:
+        raise ValueError(f"{empty[0]} would have no values")
+    return skeleton
+
+
+def _check_weights(place: str, skeleton: PreTrainedModel) -> None:
+    """Checks the files of weights in a folder, or the names of those on the hub, before any is read."""
+    if Path(place).is_dir():
+        check_weights(Path(place))
+        size = sum(path.stat().st_size for path in Path(place).glob("*.safetensors"))
+        if (values := sum(parameter.numel() for parameter in skeleton.parameters())) > 2 * size:
+            raise ValueError(f"config.json asks for {values:,} values, and the files have {size:,} bytes")
+    elif index := cached_file(place, INDEX, _raise_exceptions_for_missing_entries=False):
+        plain_names(parse_json(read_bytes(Path(index), MAX_HEADER)))
 
 
 def read_export(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -157,11 +192,22 @@ def read_export(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 
     Where another library in this process has registered a configuration for its `model_type`, too.
     """
-    values = read_json(folder / "config.json", "secateur export RUN")
-    own = values.get("auto_map", {}).get("AutoModelForCausalLM")
-    cls = get_class_from_dynamic_module(own, str(folder)) if own else AutoModelForCausalLM
-    model: PreTrainedModel = cls.from_pretrained(folder, dtype=dtype, use_safetensors=True)
-    return model.eval()
+    values = read_json(folder / "config.json", AGAIN)
+    check_code(folder)
+
+    def read() -> PreTrainedModel:
+        check_folder(folder)
+        check_weights(folder)
+        own = values.get("auto_map", {}).get("AutoModelForCausalLM")
+        cls = get_class_from_dynamic_module(own, str(folder)) if own else AutoModelForCausalLM
+        model, found = cls.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True)
+        if found["missing_keys"]:
+            raise ValueError(f"its weights lack {min(found['missing_keys'])}")
+        loaded: PreTrainedModel = model.eval()
+        return loaded
+
+    exported: PreTrainedModel = _one_line(read, f"cannot load the export {folder}")
+    return exported
 
 
 def weight_of(model: torch.nn.Module, name: str) -> torch.Tensor:
@@ -216,11 +262,9 @@ def describe_selected(
 def _described(name: str, trust_remote_code: bool) -> Described:
     """Builds the model on the meta device, without weights."""
     config = load_config_of(name, trust_remote_code)
-    with torch.device("meta"):
-        skeleton: PreTrainedModel = _one_line(
-            lambda: build(config, trust_remote_code),
-            f"cannot build {name} from its configuration",
-        )
+    skeleton: PreTrainedModel = _one_line(
+        lambda: _built(config, trust_remote_code), f"cannot build {name} from its configuration"
+    )
     return Described(skeleton, describe(skeleton), config)
 
 
@@ -229,6 +273,11 @@ def load_config_of(name: str, trust_remote_code: bool) -> PreTrainedConfig:
     where = _source(name)
 
     def read() -> PreTrainedConfig:
+        place = Path(where["pretrained_model_name_or_path"])
+        if "gguf_file" in where:
+            check_gguf(place / where["gguf_file"])
+        elif place.is_dir():
+            check_folder(place)
         found = AutoConfig if "gguf_file" in where else config_class(PreTrainedConfig.get_config_dict(**where)[0])
         own = {"trust_remote_code": trust_remote_code} if found is AutoConfig else {}
         config: PreTrainedConfig = found.from_pretrained(**where, **own)
@@ -291,12 +340,12 @@ def _one_line(load, what: str):  # type: ignore[no-untyped-def]
     """Runs a loader of transformers; its many kinds of errors become one line."""
     try:
         return load()
-    except SafetensorError as error:
-        raise InputError(f"{what}: a safetensors file is truncated or broken ({error}); download it again") from None
     except InputError:
         raise
-    except (
-        OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError, TypeError, StrictDataclassError
-    ) as error:  # fmt: skip
+    except SafetensorError as error:
+        raise InputError(f"{what}: a safetensors file is truncated or broken ({error}); download it again") from None
+    except BaseException as error:  # what a file of someone else raises in transformers, tokenizers or torch is open
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of a library in Rust
+            raise
         reason = textwrap.shorten(str(error), 400, placeholder=" …") or type(error).__name__
         raise InputError(f"{what}: {reason}") from None

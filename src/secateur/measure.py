@@ -88,12 +88,12 @@ class Bench(Settings):
     attention_unit: AttentionUnit | None = None
     """Of a table: what attention is divided into, as for `prune`."""
     trust_remote_code: bool = False
-    """Of a table: run modelling code that comes with the checkpoint."""
+    """Run modelling code that comes with the unpruned model."""
 
     def check(self) -> None:
         """Raises InputError where something cannot be, or is of a table and none is asked for."""
         super().check()
-        for name in ("shape", "units", "attention_unit", "trust_remote_code"):
+        for name in ("shape", "units", "attention_unit"):
             if self.table is None and getattr(self, name):
                 option = f"--{name.replace('_', '-')}"
                 raise InputError(f"{option} is of --table FILE; a run is timed as its own settings say")

@@ -138,7 +138,7 @@ def _tuned(session: Session, given: Gates, limits: Budget, about: dict[str, Any]
         return replace(given, about=given.about | {"architecture": session.architecture})
     kept_N, value_N = kept_for(given, limits, c.sparsity, c.budget), given.deployed().cpu()
     start = Start(torch.where(value_N > 0, value_N, 1.0), kept_N, given.sensitivity_N)
-    before = int(given.about.get("steps", 0))
+    before = given.about.get("steps", 0)
     recipe = c.learning if c.lr else going_on(c.learning, c.steps, before)
     about |= {"from": {key: given.about.get(key) for key in ("model", "weights", "sparsity", "budget", "tokens")}}
     about |= {"steps": before + c.steps}

@@ -311,9 +311,24 @@ class Optimiser:
                 tensors |= {f"{name}.{i}.{key}": value for key, value in entry.items() if value is not None}
         return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
 
+    def _check(self, tensors: dict[str, torch.Tensor]) -> None:
+        own = self.state()
+        own = {"kept": own["z"] > 0, "rank": own["z"], "sensitivity": own["z"]} | own
+        for name, tensor in tensors.items():
+            like = own.get(name)
+            if name.startswith(("adam.", "ascent.")) and name not in own:
+                _, index, field = name.split(".")
+                like = {"adam": own["z"], "ascent": own.get(f"dual.{index}")}[name.split(".")[0]]
+                like = torch.zeros(()) if field == "step" else like
+            if like is None or tensor.shape != like.shape or tensor.dtype != like.dtype:
+                raise ValueError(f"{name} is {tensor.dtype} of shape {list(tensor.shape)}")
+        if not 0 <= int(tensors["done"]) <= self.steps:
+            raise ValueError(f"{int(tensors['done'])} of {self.steps} steps are done")
+
     def restore(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Takes over the state of an interrupted run."""
+        """Takes over the state of an interrupted run. Raises ValueError for one of something else."""
         device = self.z_N.device
+        self._check(tensors)
         moved = {name: tensor.to(device) for name, tensor in tensors.items()}
         self.done = int(moved["done"])
         self.z_N, self.step_size_N, self.unit_C = moved["z"], moved["step_size"], moved["unit"]

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import tyro
 
-from secateur.config import LEARNING_FIELDS, AnyShape, Config, Words, load_config
+from secateur.config import LEARNING_FIELDS, AnyShape, Config, Words, load_config, trusted
 
 
 @dataclass
@@ -59,24 +59,30 @@ class Estimate(Config):
 
 
 @dataclass
-class Learn:
+class OnRun:
+    """What the commands on a run share."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    trust_remote_code: bool = False
+    """Run modelling code that comes with the model: to be said again on a run whose settings ask for it."""
+
+
+@dataclass
+class Learn(OnRun):
     """Learn the gates of a run again, from its settings and data: gates.safetensors, metrics.jsonl.
 
     Example, many sizes in one go: secateur learn RUN --sweep 0.1:0.6
     """
 
-    run: tyro.conf.Positional[Path]
-    """Folder of the run."""
     sweep: str | None = None
     """Learn several sizes, one after the other, as for `prune`: RUN/sizes. The run's own gates stay."""
 
 
 @dataclass
-class Plan:
+class Plan(OnRun):
     """Round the learned gates to the budget: plan.json."""
 
-    run: tyro.conf.Positional[Path]
-    """Folder of the run."""
     sparsity: float | None = None
     """Plan another size, from the same gates: RUN/sizes/0.35, a run of its own."""
     budget: Words = ()
@@ -91,14 +97,12 @@ class Plan:
 
 
 @dataclass
-class Export:
+class Export(OnRun):
     """Write the pruned checkpoint, RUN/model. With --shape, plan anew for that shape first.
 
     Example, another size from the same gates: secateur export RUN --sparsity 0.35
     """
 
-    run: tyro.conf.Positional[Path]
-    """Folder of the run."""
     sparsity: float | None = None
     """Plan and write another size: RUN/sizes/0.35/model. That folder is a run of its own for all other commands; what
     it keeps lies in what larger sizes keep, and RUN/model stays."""
@@ -119,22 +123,17 @@ class Export:
 
 
 @dataclass
-class Sizes:
+class Sizes(OnRun):
     """Compare a run's own size and those in RUN/sizes: loss against parameters, FLOPs, time. RUN/sizes.json, sizes.png.
 
     Time is there where `secateur bench` was run on a size.
     """
 
-    run: tyro.conf.Positional[Path]
-    """Folder of the run."""
-
 
 @dataclass
-class Verify:
+class Verify(OnRun):
     """Compare the logits of the gated and the exported model on held-out text: verify.json."""
 
-    run: tyro.conf.Positional[Path]
-    """Folder of the run."""
     runtime: Literal["transformers", "llamacpp", "vllm"] = "transformers"
     """Others: compare greedy text of the export there and in transformers instead: verify-RUNTIME.json."""
     prompts: int = 8
@@ -144,11 +143,9 @@ class Verify:
 
 
 @dataclass
-class Refit:
+class Refit(OnRun):
     """Solve the output projections of the export anew for the dense model's outputs: RUN/model, refit.json."""
 
-    run: tyro.conf.Positional[Path]
-    """Folder of the run."""
     refit_rounds: int | None = None
     """Rounds, with gate values learned again in between (default: the run's)."""
     refit_tokens: int | None = None
@@ -156,14 +153,12 @@ class Refit:
 
 
 @dataclass
-class Recover:
+class Recover(OnRun):
     """Train the weights of the export with the dense model as teacher: RUN/model, recover.jsonl.
 
     Example: secateur recover RUN --recover lora --recover-steps 200
     """
 
-    run: tyro.conf.Positional[Path]
-    """Folder of the run."""
     recover: Literal["lora", "full"] | None = None
     """Low-rank updates, merged, or all weights of the layers (default: the run's)."""
     recover_steps: int | None = None
@@ -175,14 +170,12 @@ class Recover:
 
 
 @dataclass
-class Eval:
+class Eval(OnRun):
     """Measure perplexity, sizes and zero-shot tasks, dense against pruned: eval.json.
 
     Example: secateur eval RUN --tasks arc_easy piqa my_items.jsonl --task-limit 500
     """
 
-    run: tyro.conf.Positional[Path]
-    """Folder of the run."""
     eval_data: str | None = None
     """Text for the perplexities (default: the run's)."""
     eval_join: Literal["raw", "lines"] | None = None
@@ -239,7 +232,10 @@ def parse(name: str, kind: type, arguments: Sequence[str]) -> Any:
     default = _defaults(arguments) if kind is Prune else None
     if default is None:
         return tyro.cli(kind, args=arguments, prog=f"secateur {name}")
-    options = tyro.cli(Prune, args=arguments, prog="secateur prune", default=replace(default, budget=()))
+    asked = replace(default, budget=(), trust_remote_code=False)
+    options: Prune = tyro.cli(Prune, args=arguments, prog="secateur prune", default=asked)
+    if options.resume is None and options.config is not None:
+        trusted(default, options.config, options.trust_remote_code)
     options.budget = options.budget or default.budget
     if options.sweep != default.sweep:  # the file's size gives way
         options.sparsity = None if options.sparsity == default.sparsity else options.sparsity

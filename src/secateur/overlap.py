@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
+
+from secateur.data import stored_tokens
+from secateur.files import InputError
 
 if TYPE_CHECKING:
     from secateur.tasks import Tasks
@@ -72,7 +74,11 @@ class Runs:
 
 def overlap(data: Path, ids_NT: torch.Tensor, tasks: "Tasks | None", tokenizer: Any) -> dict[str, Any]:
     """What the calibration tokens in `data` (RUN/data.safetensors) share with windows of text and with tasks."""
-    runs = Runs(decoded(load_file(data)["calibration"], tokenizer))
+    try:
+        calibration_NT = stored_tokens(data, 2**31 - 1)[0]["calibration"]
+    except (ValueError, KeyError) as error:
+        raise InputError(f"{data} holds no calibration tokens ({error}); run `secateur learn RUN` again") from None
+    runs = Runs(decoded(calibration_NT, tokenizer))
     found: dict[str, Any] = {"run_words": RUN, "calibration_words": runs.words}
     found["text"] = asdict(runs.in_texts(decoded(ids_NT, tokenizer)))
     found["tasks"] = {}

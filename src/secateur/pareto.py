@@ -16,11 +16,12 @@ from rich.table import Table
 
 from secateur.budget import figures
 from secateur.card import human
-from secateur.files import InputError, read_json, write_json
+from secateur.files import InputError, write_json
 from secateur.gates import load_gates
 from secateur.plan import Plan, load_plan
 from secateur.planning import cost_of
 from secateur.plots import draw_to
+from secateur.report.files import Bench, checked
 from secateur.run import Run
 from secateur.session import Session
 from secateur.sizes import session_on, sizes_of
@@ -106,7 +107,7 @@ def _time(size: Run) -> tuple[str | None, float | None]:
     """The runtime in which a size was timed, and the share of the unpruned model's time that a token takes, fewest
     sequences at a time."""
     for path in sorted(size.folder.glob("bench-*.json")):
-        results = read_json(path, f"secateur bench {size.folder}")
+        results = checked(path, Bench, f"secateur bench {size.folder}")
         timed = [row for row in results["timings"] if row["metric"] in DECODING]
         if timed:
             return results["runtime"], 1.0 / min(timed, key=lambda row: row["batch_size"])["speedup"]["median"]

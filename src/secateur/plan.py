@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 
 from secateur.budget import Budget, largest_that_fits
 from secateur.files import InputError, read_json, write_json
 from secateur.gates import Gates, by_group
 from secateur.policy import Policy, permitted, policy_of
+from secateur.report import files
 from secateur.units import Group, Packed, Size, packed
 
 PLAN_FORMAT = 1
@@ -186,12 +188,14 @@ def load_plan(path: Path, groups: Sequence[Group], architecture: str) -> tuple[P
     if values.get("architecture") != architecture:
         raise InputError(f"{path} is a plan for another architecture; run `secateur plan RUN` again")
     try:
+        TypeAdapter(files.Plan).validate_python(values, strict=True)
         kept = {g.name: torch.tensor(values["kept"][g.name], dtype=torch.int64) for g in groups}
         scales = {g.name: torch.tensor(values["scales"][g.name], dtype=torch.float32) for g in groups}
-        rounding = Rounding(**values["rounding"] | {"budgets": tuple(values["rounding"].get("budgets", ()))})
+        rounding = TypeAdapter(Rounding).validate_python(values["rounding"])
         shape = str(policy_of(str(values["shape"])))
-    except (KeyError, TypeError, ValueError, RuntimeError, AssertionError) as error:
-        raise InputError(f"{path} is not a valid plan ({error!r}); run `secateur plan RUN` again") from None
+    except (KeyError, TypeError, ValueError, RuntimeError, AssertionError, ArithmeticError) as error:
+        reason = files.first_fault(error) if isinstance(error, ValidationError) else repr(error)
+        raise InputError(f"{path} is not a valid plan ({reason}); run `secateur plan RUN` again") from None
     for g in groups:
         index = kept[g.name]
         in_order = index.ndim == 1 and bool((index.diff() > 0).all())

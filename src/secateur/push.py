@@ -20,12 +20,13 @@ import yaml
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, EvalResult, HfApi, ModelCard, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from safetensors import safe_open
 from safetensors.torch import save
 
 from secateur.card import human, public_name
-from secateur.files import InputError, read_json
+from secateur.files import InputError
+from secateur.gates import read_gates
 from secateur.guard import read_guards
+from secateur.report.files import Evaluation, Plan, checked, evaluation, verification
 from secateur.run import Run
 from secateur.stages import checked_export
 from secateur.text import one_line
@@ -89,7 +90,7 @@ def check_finished(run: Run) -> None:
     model = checked_export(run)
     if not run.verify.exists():
         raise InputError(f"{model} is not verified; run `secateur verify {run.folder}` first")
-    if not read_json(run.verify, f"secateur verify {run.folder}")["passed"]:
+    if not (verification(run.verify) or {"passed": False})["passed"]:
         raise InputError(f"{model} failed verification (see {run.verify}); it is not pushed")
     updates = updates_of(model)
     wanted = ["refit"] * run.config.refit + ([f"recover-{run.config.recover}"] if run.config.recover else [])
@@ -98,8 +99,8 @@ def check_finished(run: Run) -> None:
     if not run.eval.exists() or not run.plan.exists():
         missing = [path.name for path in (run.plan, run.eval) if not path.exists()]
         raise InputError(f"{run.folder} stopped half-way, it has no {missing[0]} yet; {again}")
-    planned = read_json(run.plan, f"secateur plan {run.folder}")["rounding"]
-    if planned != read_json(run.eval, f"secateur eval {run.folder}")["rounding"]:
+    planned = checked(run.plan, Plan, f"secateur plan {run.folder}")["rounding"]
+    if planned != (evaluation(run.eval) or {}).get("rounding"):
         raise InputError(f"{run.plan} is newer than {model}; run `secateur export {run.folder}`, then verify and eval")
 
 
@@ -131,7 +132,7 @@ def card(run: Run, repo: str) -> str:
     """The export's card with its figures as metadata, and the repository's name where it says how to load the model."""
     written = ModelCard.load(checked_export(run) / "README.md")
     written.data.model_name = repo.rpartition("/")[2]
-    written.data.eval_results = eval_results(read_json(run.eval, f"secateur eval {run.folder}"))
+    written.data.eval_results = eval_results(checked(run.eval, Evaluation, f"secateur eval {run.folder}"))
     written.text = written.text.replace('from_pretrained("PATH"', f'from_pretrained("{repo}"')
     return str(written)
 
@@ -204,9 +205,7 @@ def _public(value: Any, names: Mapping[str, str]) -> Any:
 
 def _gates(run: Run, names: Mapping[str, str]) -> bytes:
     """The gates as they are, with public names in what they say of themselves."""
-    with safe_open(run.gates, framework="pt") as file:
-        about = json.loads(file.metadata()["secateur"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    tensors, about = read_gates(run.gates)
     return save(tensors, metadata={"secateur": json.dumps(_public(about, names))})
 
 

@@ -92,7 +92,8 @@ def recover(
         done = 0
         if checkpoints is not None and (found := checkpoints.latest(about)) is not None:
             done = found.step
-            _restore(found.tensors, weights, adam)
+            with checkpoints.restoring():
+                _restore(found.tensors, weights, adam)
         try:
             while done < settings.steps:
                 ids_BT = batches[done].to(device)
@@ -184,7 +185,10 @@ def _state(weights: dict[str, nn.Parameter], adam: torch.optim.AdamW) -> dict[st
 def _restore(tensors: dict[str, Tensor], weights: dict[str, nn.Parameter], adam: torch.optim.AdamW) -> None:
     state = {}
     for index, (name, parameter) in enumerate(weights.items()):
-        parameter.data.copy_(tensors[f"weight.{name}"])
-        keys = (key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in tensors)
-        state[index] = {key: tensors[f"{key}.{name}"] for key in keys}
+        keys = ("weight", "exp_avg", "exp_avg_sq")
+        own = {key: tensors[f"{key}.{name}"] for key in keys if f"{key}.{name}" in tensors}
+        if wrong := [key for key, tensor in own.items() if tensor.shape != parameter.shape]:
+            raise ValueError(f"{wrong[0]}.{name} has shape {list(own[wrong[0]].shape)}")
+        parameter.data.copy_(own.pop("weight"))
+        state[index] = own | ({"step": tensors[f"step.{name}"]} if f"step.{name}" in tensors else {})
     adam.load_state_dict({"state": state, "param_groups": adam.state_dict()["param_groups"]})

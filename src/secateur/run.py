@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from secateur import __version__
-from secateur.config import Config, load_config, name_in_memory, save_config
+from secateur.config import Config, load_config, name_in_memory, save_config, trusted
 from secateur.files import InputError, cannot_write, meant, sweep
 from secateur.latency import read_table, write_table
+from secateur.untrusted import check_links
 
 GIVEN_TEXTS = {"data": "texts-given-in-python", "eval_data": "evaluation-texts-given-in-python"}
 """Setting → name of the file, before its suffix, that holds the texts which Python code gave for it."""
@@ -155,18 +156,25 @@ def new_run(config: Config) -> Run:
     return run
 
 
-def open_run(folder: Path) -> Run:
-    """An existing run, without what was half-written when it was killed. Raises InputError if the folder is none."""
+def open_run(folder: Path, trust_remote_code: bool | None = False) -> Run:
+    """An existing run, without what was half-written when it was killed. Raises InputError if the folder is none, has
+    links that lead out of it (a command would write there), or asks for code of the model that is not trusted here
+    (config.trusted)."""
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; give the --out folder of `secateur prune`")
-    run = Run(folder, load_config(folder / "config.yaml").resolved())
+    try:
+        check_links(folder, deep=True)
+    except ValueError as error:
+        raise InputError(f"{folder}: {error}") from None
+    path = folder / "config.yaml"
+    run = Run(folder, trusted(load_config(path).resolved(), path, trust_remote_code))
     sweep(folder)
     return run
 
 
-def open_one(folder: Path) -> Run:
+def open_one(folder: Path, trust_remote_code: bool | None = False) -> Run:
     """An existing run of one size. Raises InputError for the folder of a sweep."""
-    run = open_run(folder)
+    run = open_run(folder, trust_remote_code)
     if run.config.sweep is not None:
         found = ", ".join(sorted(path.parent.name for path in run.sizes.glob("*/gates.safetensors"))) or "not there yet"
         raise InputError(f"{folder} is a sweep over sizes ({found}), each a run of its own: say {run.sizes}/SIZE")

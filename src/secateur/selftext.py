@@ -49,7 +49,7 @@ def self_written(
     }  # fmt: skip
     for batch in count():
         path = parts / f"{batch:05d}.safetensors"
-        if (stored := load_stored(path, settings)) is None:
+        if (stored := load_stored(path, settings, embedded.stop, ("ids",))) is None:
             generator = torch.Generator(model.device)
             generator.manual_seed(random.Random(f"{seed}/{batch}").getrandbits(63))
             first_B = torch.randint(len(ordinary_V), (batch_size,), generator=generator, device=model.device).cpu()

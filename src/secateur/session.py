@@ -22,7 +22,7 @@ from secateur.data import SELF, Blocks, load_blocks
 from secateur.describe import Description
 from secateur.evaluate import mean_loss, windows
 from secateur.experts import is_fused
-from secateur.files import InputError, read_json, remove, scratch_folder, write_json
+from secateur.files import InputError, remove, scratch_folder, write_json
 from secateur.gates import Gates, architecture_fingerprint, load_gates
 from secateur.guard import Guard, read_guards
 from secateur.hardware import free_memory
@@ -40,6 +40,7 @@ from secateur.load import (
 from secateur.optimise import Step
 from secateur.ranks import here
 from secateur.recover import RecoveryStep
+from secateur.report.files import checked
 from secateur.run import Run
 from secateur.selftext import self_written
 from secateur.text import HELD_OUT, evaluation_text, local_files
@@ -294,7 +295,8 @@ class Session:
         """Learning steps behind the gates of a run: of a size of a sweep, those of the sizes before, too; fewer than
         the settings say where a callback ended them."""
         gates = load_gates(self.run.gates, self.description.groups, self.architecture)
-        return int(gates.about["steps"] if "sweep" in gates.about else gates.about.get("stopped", self.config.steps))
+        steps = gates.about.get("steps", 0) if "sweep" in gates.about else gates.about.get("stopped", self.config.steps)
+        return int(steps)
 
     @cached_property
     def given(self) -> Gates | None:
@@ -367,5 +369,5 @@ class Session:
         self.progress.stage(stage)
         start = time.perf_counter()
         yield
-        timings = read_json(self.run.timings, "secateur prune") if self.run.timings.exists() else {}
+        timings = checked(self.run.timings, dict[str, float], "secateur prune") if self.run.timings.exists() else {}
         write_json(self.run.timings, {**timings, stage: round(time.perf_counter() - start, 2)})

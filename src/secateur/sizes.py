@@ -14,11 +14,12 @@ from dataclasses import replace
 import torch
 
 from secateur.config import Config, save_config
-from secateur.files import InputError, read_json, replacing
+from secateur.files import InputError, replacing
 from secateur.gates import Gates, load_gates, save_gates
 from secateur.methods import budget_of
 from secateur.order import kept_in_order
 from secateur.plan import Rounding
+from secateur.report.files import Sweep, checked
 from secateur.run import Run, open_run
 from secateur.session import Session
 from secateur.stages import export_stage, plan_stage
@@ -36,7 +37,8 @@ def _asked(run: Run) -> tuple[float | None, tuple[str, ...]]:
 
 def sizes_of(run: Run) -> list[Run]:
     """The sizes of a run that have gates."""
-    return [open_run(path.parent) for path in sorted(run.sizes.glob("*/gates.safetensors"))]
+    trust = run.config.trust_remote_code
+    return [open_run(path.parent, trust) for path in sorted(run.sizes.glob("*/gates.safetensors"))]
 
 
 def plan_size(
@@ -128,7 +130,7 @@ def swept_gates(session: Session) -> list[Gates]:
     run, groups, found = session.run, session.description.groups, []
     if not run.sweep.exists():
         return []
-    number = read_json(run.sweep, f"secateur learn {run.folder} --sweep")["number"]
+    number = checked(run.sweep, Sweep, f"secateur learn {run.folder} --sweep")["number"]
     for size in sizes_of(run):
         gates = load_gates(size.gates, groups, session.architecture)
         if gates.about.get("sweep") == number and gates.asked == _asked(size):

@@ -18,18 +18,21 @@ from secateur.card import model_card, public_name
 from secateur.evaluate import compared
 from secateur.export import as_shipped, export
 from secateur.families import FAMILIES
-from secateur.files import InputError, read_json, write_json, write_text
+from secateur.files import InputError, write_json, write_text
 from secateur.gates import Gates, load_gates, save_gates
 from secateur.learn import learn
 from secateur.load import read_export
 from secateur.methods import budget_of, find_gates
 from secateur.overlap import overlap
+from secateur.own_code import check_code
 from secateur.plan import Plan, Rounding, load_plan, save_plan
 from secateur.planning import HeldOutLoss, against_ragged, figures_of, plan_for, remembered
 from secateur.planning import compare_shapes as compare_shapes
 from secateur.policy import policy_of
 from secateur.recover import LR, Recovery, recover
 from secateur.refit import Refit, kept_groups, normal_equations, refit
+from secateur.report import files
+from secateur.report.files import checked, evaluation, verification
 from secateur.run import Run, recorded, versions
 from secateur.samples import samples
 from secateur.session import Session
@@ -123,7 +126,7 @@ def _export(session: Session, plan: Plan, rounding: Rounding) -> None:
 
 def _is_stock(run: Run) -> bool:
     """Whether the export says one width for all layers."""
-    return "per_layer_config" not in read_json(run.model / "config.json", f"secateur export {run.folder}")
+    return "per_layer_config" not in checked(run.model / "config.json", dict[str, Any], f"secateur export {run.folder}")
 
 
 def _about(session: Session, stock: bool) -> tuple[frozenset[str], bool, bool, int]:
@@ -137,6 +140,7 @@ def checked_export(run: Run) -> Path:
     if not run.model.is_dir():
         reason = f"failed verification (see {run.verify})" if run.failed_model.is_dir() else "is missing"
         raise InputError(f"{run.model} {reason}; run `secateur export {run.folder}`")
+    check_code(run.model)
     return run.model
 
 
@@ -331,7 +335,7 @@ def eval_stage(session: Session) -> dict[str, Any]:
     results["rounding"] = asdict(rounding)
     results["updates"] = updates_of(run.model)
     if "refit" in results["updates"]:
-        results["refit"] = read_json(run.refit, f"secateur refit {run.folder}")
+        results["refit"] = checked(run.refit, list[files.Refit], f"secateur refit {run.folder}")
     other = gates.asked != (c.sparsity, c.budget)  # size than gates were learned for
     results |= {"fixing": None if other else gates.about.get("fixing"), "other_size": other}
     results |= {"join": join, "guards": guards, "versions": versions(), **quality}
@@ -342,10 +346,9 @@ def eval_stage(session: Session) -> dict[str, Any]:
             )
     if run.data.exists():
         results["overlap"] = overlap(run.data, ids_NT, tasks, loaded.tokenizer)
-    results["seconds"] = read_json(run.timings, "secateur prune")
-    verified = read_json(run.verify, f"secateur verify {run.folder}") if run.verify.exists() else None
+    results["seconds"] = checked(run.timings, dict[str, float], "secateur prune")
     about = _about(session, _is_stock(run))
-    card = model_card(c, plan.shape, rounding, results, verified, results["updates"], *about)
+    card = model_card(c, plan.shape, rounding, results, verification(run.verify), results["updates"], *about)
     write_text(run.model / "README.md", card)
     session.progress.evaluated(results)
     write_json(run.eval, results)  # last: where it is, all is done
@@ -369,7 +372,7 @@ def remaining_stages(session: Session) -> dict[str, Any]:
     session.recovered_before()  # whose states go then, too
     if not run.plan.exists():
         plan_stage(session)
-    verified = run.verify.exists() and read_json(run.verify, f"secateur verify {run.folder}")["passed"]
+    verified = (verification(run.verify) or {"passed": False})["passed"]
     if not run.model.is_dir() or (updates_of(run.model) and not verified):
         session.whole()  # which all that follows needs
         export_stage(session)
@@ -380,7 +383,7 @@ def remaining_stages(session: Session) -> dict[str, Any]:
         refit_stage(session)
     if run.config.recover and f"recover-{run.config.recover}" not in updates_of(run.model):
         recover_stage(session)
-    done = dict(read_json(run.eval, f"secateur eval {run.folder}")) if run.eval.exists() else eval_stage(session)
+    done = evaluation(run.eval) or eval_stage(session)
     with session.timed("report"):
         from secateur.report.page import write_report  # matplotlib takes its time to be imported
 

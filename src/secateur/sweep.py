@@ -19,12 +19,13 @@ import torch
 
 from secateur.budget import Budget
 from secateur.config import Config, save_config
-from secateur.files import read_json, write_json
+from secateur.files import write_json
 from secateur.gates import Gates, load_gates
 from secateur.learn import Start
 from secateur.methods import Part, about_gates, budget_of, going_on, learned_gates
 from secateur.pareto import compare_sizes, picked
 from secateur.recipes import Recipe
+from secateur.report.files import Sweep, checked
 from secateur.run import Run
 from secateur.session import Session
 from secateur.sizes import found, session_on, size_run, sizes_of
@@ -58,7 +59,7 @@ def recipe_for(c: Config, steps: int, before: int) -> Recipe:
 
 def is_done(run: Run) -> bool:
     """Whether the sweep of a run has been learned."""
-    return run.sweep.exists() and bool(read_json(run.sweep, f"secateur learn {run.folder}").get("done"))
+    return run.sweep.exists() and bool(checked(run.sweep, Sweep, f"secateur learn {run.folder}")["done"])
 
 
 def learn_sizes(session: Session) -> Gates:
@@ -97,7 +98,7 @@ def _begun(session: Session, sizes: list[Run]) -> dict[str, Any]:
     }  # fmt: skip
     number = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
     if run.sweep.exists():
-        state: dict[str, Any] = read_json(run.sweep, f"secateur learn {run.folder}")
+        state: dict[str, Any] = checked(run.sweep, Sweep, f"secateur learn {run.folder}")
         if state.get("number") == number and not state.get("done"):
             return state
     for size in sizes:

@@ -142,7 +142,7 @@ def json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 text, row = line.decode("utf-8-sig" if number == 1 else "utf-8"), None
-                with suppress(ValueError):
+                with suppress(ValueError, RecursionError):
                     row = json.loads(text)
                 if not isinstance(row, dict):
                     raise InputError(f"{path}, line {number} is not a JSON object; a JSON Lines file has one a line")

@@ -13,17 +13,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from secateur.files import InputError, replacing, write_json, write_text
+from secateur.files import replacing, write_json, write_text
+from secateur.report.files import ExportedConfig, checked
 
 
 def updates_of(folder: Path) -> list[str]:
     """What was done to the weights of an exported checkpoint, in order; nothing for a fresh export or no folder."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    path = folder / "config.json"
+    if not path.exists():
         return []
-    except ValueError as error:
-        raise InputError(f"{folder / 'config.json'} is not readable JSON ({error}); export again") from None
+    config = checked(path, ExportedConfig, f"secateur export {folder.parent}")
     return list(config.get("secateur", {}).get("updates", []))
 
 

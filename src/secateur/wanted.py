@@ -127,9 +127,11 @@ def read_sweep(said: str) -> tuple[str, ...]:
     kind, _, values = (part.strip() for part in said.rpartition("="))
     first, *more = [part.strip() for part in values.replace(":", ",").split(",")]
     try:
-        numbers = [Fraction(part) for part in (first, *more)]
+        # no exponents, which would be written out
+        numbers = [Fraction(part) for part in (first, *more) if re.fullmatch(r"[0-9./+-]{1,20}", part)]
     except (ValueError, ZeroDivisionError):
         numbers = []
+    numbers = numbers if len(numbers) == 1 + len(more) else []
     spans = ":" in values
     if (kind and kind not in KINDS) or not 2 <= len(numbers) <= (3 if spans else 99) or (spans and "," in values):
         raise InputError(
@@ -186,7 +188,7 @@ def _read(word: str) -> Wanted:
         raise InputError(f"--budget {word}: {kind!r} is no budget; there are {', '.join(KINDS)}, e.g. params=0.7")
     if at and (kind not in TIMES or not re.fullmatch("[1-9][0-9]{0,8}", batch)):
         raise InputError(f"--budget {word}: a batch size stands behind a time only, e.g. latency@8=0.7")
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([a-zµ]*)", value.lower())
+    found = re.fullmatch(r"([0-9]{1,20}(?:\.[0-9]{0,40})?|\.[0-9]{1,40})\s*([a-zµ]*)", value.lower())
     factor = None if found is None else _factor(kind, found[2])
     bare = found is not None and not found[2]
     if found is None or factor is None or (bare and kind in TIMES and Fraction(found[1]) >= 1):

@@ -1,16 +1,16 @@
-"""What the files of a run must hold for its report, checked as they are read: a broken one is named, not stumbled over.
+"""What the files of a run must hold, checked as they are read: a broken one is named, not stumbled over.
 
-Only what the page shows is listed; more is ignored. Serves `secateur report`.
+Only what the stages and the report's page rely on is listed; more is ignored.
 """
 
-import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import NotRequired, TypedDict
 
 from secateur.files import InputError, read_json
+from secateur.untrusted import MAX_JSON, parse_json, read_bytes
 
 
 class Figures(TypedDict):
@@ -29,6 +29,17 @@ class Figures(TypedDict):
     loss_stderr: NotRequired[float | None]
 
 
+class Held(TypedDict):
+    """A `--budget`, and what the unpruned and the planned model have of it."""
+
+    budget: str
+    counts: str
+    bound: Annotated[int, Field(gt=0)]
+    dense: int
+    pruned: int
+    predicted_for: NotRequired[str]
+
+
 class Rounding(TypedDict):
     """What it took to meet the budget."""
 
@@ -37,6 +48,7 @@ class Rounding(TypedDict):
     kept: float
     held_out_learned: float | None
     held_out_planned: float | None
+    budgets: NotRequired[list[Held]]
 
 
 class Fixing(TypedDict):
@@ -156,8 +168,27 @@ class Plan(TypedDict):
 
     shape: str
     rounding: Rounding
-    kept: dict[str, list[int]]
+    kept: dict[str, list[Annotated[int, Field(gt=-(2**53), lt=2**53)]]]
     scales: dict[str, list[float]]
+
+
+class Sweep(TypedDict):
+    """sweep.json."""
+
+    number: str
+    done: bool
+
+
+class Exported(TypedDict, total=False):
+    """What config.json of an export says of it."""
+
+    updates: list[str]
+
+
+class ExportedConfig(TypedDict, total=False):
+    """config.json of an export."""
+
+    secateur: Exported
 
 
 class Refit(TypedDict):
@@ -278,24 +309,36 @@ def checked(path: Path, form: Any, made_by: str) -> Any:
     try:
         TypeAdapter(form).validate_python(value, strict=True)
     except ValidationError as error:
-        raise InputError(f"{path}: {_first(error)}; run `{made_by}` again") from None
+        raise InputError(f"{path}: {first_fault(error)}; run `{made_by}` again") from None
     return value
+
+
+def verification(path: Path) -> dict[str, Any] | None:
+    """RUN/verify.json; None where there is none."""
+    return checked(path, Verification, f"secateur verify {path.parent}") if path.exists() else None
+
+
+def evaluation(path: Path) -> dict[str, Any] | None:
+    """RUN/eval.json; None where there is none."""
+    return checked(path, Evaluation, f"secateur eval {path.parent}") if path.exists() else None
 
 
 def lines(path: Path, form: Any) -> tuple[list[Any], list[str]]:
     """The lines of a JSON Lines file that have the form, and what is wrong with others: at most one complaint."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_bytes(path, MAX_JSON).decode("utf-8")
     except UnicodeDecodeError as error:
         return [], [f"{path} is not UTF-8 text ({error.reason})"]
+    except (OSError, ValueError) as error:
+        return [], [f"{path} cannot be read ({error})"]
     adapter, found, wrong = TypeAdapter(form), [], []
     for number, line in enumerate(text.splitlines(), 1):
         try:
-            value = json.loads(line)
+            value = parse_json(line)
             adapter.validate_python(value, strict=True)
             found.append(value)
         except ValidationError as error:
-            wrong.append((number, _first(error)))
+            wrong.append((number, first_fault(error)))
         except ValueError as error:
             wrong.append((number, f"not readable JSON ({error})"))
     if not wrong:
@@ -305,6 +348,7 @@ def lines(path: Path, form: Any) -> tuple[list[Any], list[str]]:
     return found, [f"{path}: {count} left out: {reason}"]
 
 
-def _first(error: ValidationError) -> str:
+def first_fault(error: ValidationError) -> str:
+    """Where a value has not the form that it must have, and why."""
     one = error.errors()[0]
     return f"{'.'.join(str(part) for part in one['loc']) or 'content'}: {one['msg'].lower()}"

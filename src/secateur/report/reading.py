@@ -6,7 +6,6 @@ page, too. Serves `secateur report`.
 Shape suffixes: N units of a group, T steps, C constraints.
 """
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -16,10 +15,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 
 from secateur.card import protocol, summary, warnings
 from secateur.files import InputError
+from secateur.gates import read_gates
 from secateur.recipes import ONE_SHOT
 from secateur.report import files
 from secateur.run import Run, open_run
@@ -130,7 +129,9 @@ class Record:
 
 def read_runs(folders: Sequence[Path]) -> list[Record]:
     """The runs in these folders, each once. Raises InputError for a folder that is no run."""
-    runs = [open_run(folder) for folder in {folder.resolve(): folder for folder in folders}.values()]
+    runs = [
+        open_run(folder, trust_remote_code=None) for folder in {folder.resolve(): folder for folder in folders}.values()
+    ]
     names = [run.folder.resolve().name for run in runs]
     labels = [
         name if names.count(name) == 1 else f"{run.folder.resolve().parent.name}/{name}"
@@ -211,18 +212,18 @@ def _read_units(record: Record, plan: dict[str, Any] | None) -> None:
     if not path.exists():
         return
     try:
-        with safe_open(path, framework="np") as file:
-            record.about = json.loads((file.metadata() or {}).get("secateur", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, ValueError, OSError) as error:
-        record.problems.append(f"{path} is not a readable gates file ({error}); run `{again}`")
+        found, record.about = read_gates(path)
+    except InputError as error:
+        record.problems.append(str(error))
         return
+    tensors = {name: tensor.numpy() for name, tensor in found.items()}
     experts = record.about.get("experts", {})
     misfit = None
     for name, z_N in tensors.items():
         if not (place := GROUP.fullmatch(name)):
             continue  # values and means have names of their own
-        value_N = np.where(z_N > 0, tensors.get(f"value.{name}", z_N), 0.0)
+        value_N = tensors.get(f"value.{name}", z_N)
+        value_N = np.where(z_N > 0, value_N if value_N.shape == z_N.shape else z_N, 0.0)
         if plan is not None:
             kept = np.array(plan["kept"].get(name, [-1]), dtype=int)
             scales = np.array(plan["scales"].get(name, []), dtype=float)
@@ -249,7 +250,7 @@ def _stages(record: Record) -> list[Stage]:
     try:
         updates = updates_of(run.model)
     except InputError as error:
-        record.problems.append(str(error))
+        record.problems += [str(error)] * (str(error) not in record.problems)
     verified = record.verification is not None and record.verification["passed"]
     found = [
         ("learn", "gates.safetensors", "the gates", run.gates.exists()),

@@ -11,6 +11,7 @@ import vllm
 from vllm.distributed import cleanup_dist_env_and_memory
 
 from secateur.files import InputError
+from secateur.own_code import brings_own_code
 from secateur.runtimes import Continuation
 from secateur.workers.vllm import load
 
@@ -48,7 +49,7 @@ def _load(model: Path, length: int) -> vllm.LLM:
             kv_cache_memory_bytes=CACHE_BYTES,
             use_tqdm_on_load=False,
             seed=0,
-            trust_remote_code=True,  # the modelling file in an export is Secateur's own
+            trust_remote_code=brings_own_code(model),
         )
     except (ValueError, NotImplementedError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
