@@ -412,10 +412,13 @@ def test_sizes_of_a_run_ask_like_the_run(capsys, run):
     assert "say --trust-remote-code" in complaint(capsys, "sizes", run)
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints", "sizes", "model/config.json"])
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "checkpoints", "sizes", "model/config.json", "wandb", "wandb/secateur.jsonl"]
+)
 def test_a_run_whose_links_lead_elsewhere_is_refused(capsys, run, tmp_path, name):
     outside = tmp_path / "outside"
-    outside.mkdir() if name in ("checkpoints", "sizes") else outside.write_text("precious")
+    (run / name).parent.mkdir(exist_ok=True)
+    outside.mkdir() if name in ("checkpoints", "sizes", "wandb") else outside.write_text("precious")
     (run / name).unlink(missing_ok=True)
     (run / name).symlink_to(outside)
     assert f"{name} is a link that leads out of the folder" in complaint(capsys, "learn", run)
