@@ -83,7 +83,7 @@ def test_a_run_interrupted_twice_goes_on_to_the_same_gates(model, tmp_path):
 def test_a_run_interrupted_while_the_kept_set_is_fixed_goes_on_to_the_same_gates(model, tmp_path, monkeypatch):
     checkpoints = Checkpoints(tmp_path / "checkpoints", every=1000)
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(learning, "mean_loss", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(learning, "mean_loss", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         run(model, checkpoints=checkpoints)
     resumed, whole = run(model, checkpoints=checkpoints), run(model)
     assert torch.equal(resumed.z_N, whole.z_N) and resumed.fixing == whole.fixing

@@ -5,7 +5,8 @@ What a user can put right is one line, exit code 2. `Config` serves `prune`; the
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,12 +45,19 @@ errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 def prune(options: Prune) -> None:
     """`secateur prune`."""
+    from secateur import ranks
     from secateur.run import new_run, open_run
 
     if options.resume is not None:
         run = open_run(options.resume)
+        # How gates are learned is for the machine at hand to say.
+        own = {name: getattr(options, name) for name in ("micro_batch_size", "shard", "gradient_checkpointing")}
+        run = replace(run, config=replace(run.config, **own))
     else:
-        run = new_run(Config(**{f.name: getattr(options, f.name) for f in fields(Config)}))
+        config = Config(**{f.name: getattr(options, f.name) for f in fields(Config)})
+        ranks.check(config)
+        run = new_run(replace(config, micro_batch_size=config.rows_a_pass(ranks.here().count)))
+    ranks.call(run.config, learns=not run.gates.exists())
     results = _staged(run, "remaining_stages")
     if run.config.sweep is None:
         _print(run, results)
@@ -82,9 +90,12 @@ def inspect(options: Inspect) -> None:
 
 def learn(options: Learn) -> None:
     """`secateur learn`."""
+    from secateur import ranks
+
     run = _open(options.run, sweeps=True)
     if options.sweep is not None:
         run = replace(run, config=replace(run.config, sparsity=None, sweep=options.sweep))
+    ranks.call(run.config)
     if run.config.sweep is None:
         _staged(run, "learn_stage")
         return
@@ -210,6 +221,8 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "bench": (Bench, bench),
     "report": (Report, report),
 }
+IN_RANKS = ("prune", "learn")
+"""Commands that several processes share."""
 
 
 # --- what they share -------------------------------------------------------------------------------------------------
@@ -238,17 +251,23 @@ def _staged(run: "Run", stage: str | Callable[..., Any], **options: Any) -> Any:
     """Runs a stage (its function, or its name in stages.py), or all of them, with progress on the screen."""
     from secateur import stages
     from secateur.progress import Screen
+    from secateur.ranks import INTERRUPTED, here
     from secateur.session import Session
 
     console.print(f"run folder: {run.folder}", markup=False, soft_wrap=True)
+    if (count := here().count) > 1:
+        c = run.config
+        console.print(f"{count} ranks learn, {c.rows_a_pass(count)} of {c.batch_size} sequences at once on each")
     try:
         with Screen(console, run.config) as screen:
             function = getattr(stages, stage) if isinstance(stage, str) else stage
             return function(Session(run, screen), **options)
     except KeyboardInterrupt:
         again = f"secateur prune --resume {run.folder}" if stage == "remaining_stages" else "the same command"
-        errors.print(f"interrupted; nothing is lost, go on with: {again}", markup=False)
-        sys.exit(130)
+        with interrupts.held_back():  # a launcher interrupts once more
+            reason = here().why() or INTERRUPTED
+            errors.print(f"{reason}; nothing is lost, go on with: {again}", markup=False)
+            sys.exit(130)
     except stages.VerificationFailed as error:
         errors.print(f"secateur: {error}", markup=False)
         sys.exit(1)
@@ -280,10 +299,40 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(2)
     os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported, which transformers does
     interrupts.listen()
-    try:
-        options = parse(name, COMMANDS[name][0], arguments[1:])
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        return _in_ranks(name, arguments[1:])
+    return _command(name, arguments[1:])
+
+
+def _in_ranks(name: str, arguments: Sequence[str]) -> None:
+    """The command in one of several processes that a launcher has started: rank 0 does it, the others help."""
+    from secateur import ranks
+
+    with _errors_in_lines():
+        own = ranks.join()
+    if not own.first:
+        _prepare()
+        return ranks.follow(own)
+    with ranks.led(own):
+        if name not in IN_RANKS:
+            errors.print(f"secateur: {name} runs in one process, not in {own.count}; start one", markup=False)
+            sys.exit(2)
+        _command(name, arguments)
+    return None
+
+
+def _command(name: str, arguments: Sequence[str]) -> None:
+    with _errors_in_lines():
+        options = parse(name, COMMANDS[name][0], arguments)
         _prepare()
         COMMANDS[name][1](options)
+
+
+@contextmanager
+def _errors_in_lines() -> Iterator[None]:
+    """What a user can put right within is said in one line, and ends the program."""
+    try:
+        yield
     except KeyboardInterrupt:
         errors.print("interrupted")
         sys.exit(130)
@@ -297,7 +346,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         where = error.filename or "while reading or writing"
         errors.print(f"secateur: {error.strerror or error}: {where}", markup=False)
         sys.exit(2)
-    return None
 
 
 def _prepare() -> None:

@@ -96,6 +96,10 @@ class Config:
     """Tokens a sequence."""
     batch_size: int = 4
     """Sequences a step."""
+    micro_batch_size: int | None = None
+    """Sequences that go through the model at once while gates are learned: less memory, the same gates but for
+    rounding. Several ranks take such micro-batches in turns, and with equal ones the gates are the same on any number
+    of ranks. Default: the batch, or each rank's share of it."""
     seed: int = 0
     """Seed of the order of the data, and of the noise of methods that have any."""
     recipe: Literal["auto", "paper"] = "auto"
@@ -168,6 +172,9 @@ class Config:
     gradient_checkpointing: bool = False
     """While gates are learned, compute layers once more in the backward pass instead of keeping what they computed:
     less memory, more time, the same gates."""
+    shard: bool = False
+    """While gates are learned on several ranks, spread the weights of the layers over them (FSDP2), for models that one
+    device cannot hold. Rank 0 has the whole model in memory, where all other stages then run, on the CPU."""
     max_shard_size: str = "5GB"
     """Largest safetensors file of the export."""
     checkpoint_every: int = 50
@@ -189,10 +196,13 @@ class Config:
             raise InputError("--per kind asks for the same share of every kind, so it needs --sparsity; leave it out")
         if self.method == "flap" and (said := [w for w in self.budget if w.startswith(("params", "total", "bytes"))]):
             raise InputError(f"--method flap adds biases, which --budget {said[0]} does not count; use flops or kv")
-        counts = ("batch_size", "epochs", "checkpoint_every", "refit_rounds", "recover_steps", "recover_rank")
+        counts = ("batch_size", "micro_batch_size", "epochs", "checkpoint_every", "refit_rounds", "recover_steps",
+                  "recover_rank")  # fmt: skip
         for name in (*(() if self.gates and self.steps == 0 else ("steps",)), *counts):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        if self.micro_batch_size is not None:
+            self.rows_a_pass(1)
         for name in ("seq_len", "eval_length"):
             if getattr(self, name) < 2:
                 raise InputError(f"--{name.replace('_', '-')} must be at least 2 tokens, not {getattr(self, name)}")
@@ -243,6 +253,30 @@ class Config:
     def by_sparsity(self) -> bool:
         """Whether a share of the units is asked for, which may be that of each kind."""
         return self.sparsity is not None or (self.sweep is not None and "=" not in self.sweep)
+
+    def rows_a_pass(self, ranks: int) -> int | None:
+        """Sequences that go through the model at once on each of so many ranks; None: all of the batch.
+
+        Raises InputError where batches do not come out even.
+        """
+        batch, micro = self.batch_size, self.micro_batch_size
+        if micro is None:
+            if batch % ranks:
+                fewer = max(n for n in range(1, ranks) if batch % n == 0)
+                raise InputError(
+                    f"--batch-size {batch} cannot be shared evenly by {ranks} ranks; say --batch-size "
+                    f"{-(-batch // ranks) * ranks}, or start {fewer}"
+                )
+            return batch // ranks if ranks > 1 else None
+        if batch % (micro * ranks):
+            fitting = [str(n) for n in range(1, batch + 1) if batch % (n * ranks) == 0]
+            instead = f"--micro-batch-size {' or '.join(fitting)}" if fitting else "fewer ranks"
+            on = f" on {ranks} ranks" if ranks > 1 else ""
+            raise InputError(
+                f"--batch-size {batch} does not come out even in parts of --micro-batch-size {micro}{on}; take "
+                f"{instead}, or --batch-size {-(-batch // (micro * ranks)) * micro * ranks}"
+            )
+        return micro
 
     @property
     def scored_rows(self) -> int:

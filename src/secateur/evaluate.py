@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from secateur.attach import attached
 from secateur.files import InputError
+from secateur.ranks import ALONE, Ranks
 from secateur.units import Group
 from secateur.vocabulary import Vocabulary
 
@@ -52,14 +53,17 @@ def mean_loss(
     groups: Sequence[Group] = (),
     gates: Mapping[str, torch.Tensor] | None = None,
     biases: Mapping[str, torch.Tensor] | None = None,
+    ranks: Ranks = ALONE,
 ) -> float:
     """Mean loss in nats a predicted token over rows of token ids, with gates (and writers' biases) where given."""
     rows = max(1, TOKENS_AT_ONCE // ids_NT.shape[1])
-    vocabulary, total = Vocabulary(model), 0.0
+    vocabulary = Vocabulary(model)
+
+    def summed(ids_BT: torch.Tensor) -> torch.Tensor:
+        return torch.tensor(sum(_summed_losses(vocabulary, ids_BT)), dtype=torch.float64)
+
     with attached(model, groups, gates, biases) if gates is not None else nullcontext():
-        for ids_BT in ids_NT.split(rows):
-            for loss in _summed_losses(vocabulary, ids_BT):
-                total += loss
+        total = sum(loss.item() for loss in ranks.in_turn(ids_NT.split(rows), summed))
     return total / (ids_NT.shape[0] * (ids_NT.shape[1] - 1))
 
 

@@ -1,7 +1,9 @@
 """Interrupts (Ctrl-C, SIGTERM) end every command: at once, but not amid what changes as a whole, and none is lost."""
 
+import _thread
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -45,3 +47,13 @@ def held_back() -> Iterator[None]:
             signal.signal(number, handler)
     if waiting:
         signal.raise_signal(waiting[0])
+
+
+def interrupt_main(grace: float) -> bool:
+    """From another thread: interrupts the main one as SIGTERM does. Whether it heard that within `grace` seconds."""
+    before = len(_came)
+    _thread.interrupt_main(signal.SIGTERM)
+    until = time.monotonic() + grace
+    while len(_came) == before and time.monotonic() < until:
+        time.sleep(0.05)
+    return len(_came) > before

@@ -10,6 +10,7 @@ Shape suffixes: N units of the whole model, B batch, T positions.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import torch
 from transformers import PreTrainedModel
@@ -21,9 +22,11 @@ from secateur.evaluate import mean_loss
 from secateur.files import InputError
 from secateur.gates import by_group
 from secateur.guard import LOOKED_AT, Guard, Multipliers
+from secateur.interrupts import held_back
 from secateur.optimise import Optimiser, Step
 from secateur.order import positions
 from secateur.passes import Passes, recomputing
+from secateur.ranks import ALONE, Ranks
 from secateur.recipes import Recipe
 from secateur.relaxation import RELAXATIONS
 from secateur.sensitivity import balanced, gate_sensitivity, weighted
@@ -106,6 +109,8 @@ def learn(
     gradient_checkpointing: bool = False,
     guarded: Mapping[Guard, Blocks] | None = None,
     start: Start | None = None,
+    micro_batch_size: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> Learned:
     """Learns the gates of `model`, whose weights are frozen and otherwise left as they are.
 
@@ -115,7 +120,9 @@ def learn(
     one of RELAXATIONS; `measure_every` k records the held-out loss every k steps and changes nothing else. `teacher` is
     the model itself without gates unless another one is given. `gradient_checkpointing` computes each layer once more
     in the backward pass instead of keeping what it computed: less memory, the same gates. `guarded`: the texts whose
-    loss is bounded, with as many rows as of calibration. `start`: from other gates.
+    loss is bounded, with as many rows as of calibration. `start`: from other gates. `micro_batch_size`: rows that go
+    through the model at once. `ranks`: they do the same with the same arguments, and share the passes; only rank 0 has
+    checkpoints. The gates are the same on each, and with equal micro-batches on any number of them.
     Raises LearningDiverged when the loss is not finite.
     """
     device = next(model.parameters()).device
@@ -142,7 +149,7 @@ def learn(
             checkpoints.save(State(int(tensors["done"]), settings, tensors, about, loss))
             losses.clear()
 
-    earlier = None if checkpoints is None else checkpoints.latest(settings)
+    earlier = ranks.handed(None if checkpoints is None else checkpoints.latest(settings))
     if earlier is not None:
         optimiser.restore(earlier.tensors)
         multipliers.restore(earlier.about["guards"])
@@ -151,39 +158,38 @@ def learn(
         sensitivity_N = None if start is None else start.sensitivity_N
         if sensitivity_N is None:
             rows = recipe.sensitivity_batches * batch_size
+            measure = partial(gate_sensitivity, model, groups, on_row=on_measured, rows=micro_batch_size, ranks=ranks)
             with recomputing(model, gradient_checkpointing):
-                sensitivity_N = gate_sensitivity(model, groups, calibration_NT[:rows].to(device), on_measured)
+                sensitivity_N = measure(calibration_NT[:rows].to(device))
                 for weight, text in zip(multipliers.weights, guarded.values(), strict=True):
-                    rows_NT = text.calibration_NT[:rows].to(device)
-                    sensitivity_N += weight * gate_sensitivity(model, groups, rows_NT, on_measured)
+                    sensitivity_N += weight * measure(text.calibration_NT[:rows].to(device))
         optimiser.sensitivity_N = sensitivity_N.to(device)
         optimiser.start_from(*_weighed(optimiser.sensitivity_N, groups, recipe))
     batches = calibration_NT.split(batch_size)[:steps]
     guard_batches = [text.calibration_NT.split(batch_size) for text in guarded.values()]
     assert len(batches) == steps, f"{steps} steps need {steps} batches, got {len(batches)}"
 
+    def loss_of(rows_NT: torch.Tensor, gate_N: torch.Tensor | None = None) -> float:
+        return mean_loss(model, rows_NT, groups, None if gate_N is None else by_group(gate_N, groups), ranks=ranks)
+
     looked_at = [text.held_out_NT[: max(1, steps * batch_size // LOOKED_AT)] for text in guarded.values()]
-    dense = [mean_loss(model, rows_NT) for rows_NT in looked_at]
-
-    def above_dense(gate_N: torch.Tensor) -> list[float]:
-        gates = by_group(gate_N, groups)
-        gated = [mean_loss(model, rows_NT, groups, gates) for rows_NT in looked_at]
-        return [after - before for after, before in zip(gated, dense, strict=True)]
-
-    passes = Passes(model, groups, recipe, teacher, gradient_checkpointing)
+    dense = [loss_of(rows_NT) for rows_NT in looked_at]
+    held_out = partial(loss_of, held_out_NT)
+    passes = Passes(model, groups, recipe, teacher, gradient_checkpointing, micro_batch_size, ranks)
     state = optimiser.state(), fixing, multipliers.state()
     if earlier is None:
         save()  # sensitivity takes as long as many steps
     try:
         while optimiser.done < steps:
             if optimiser.done == optimiser.settles_at and optimiser.kept_N is None:
-                fixing = _fix(optimiser, model, groups, held_out_NT)
+                fixing = _fix(optimiser, held_out)
             found = passes.over(batches[optimiser.done], optimiser.z_N, optimiser.train_gates)
             grad_N, rises = found.grad_N, []
             for weight, own in zip(multipliers.weights, guard_batches, strict=True):
-                of_guard = passes.over(own[optimiser.done], optimiser.z_N, optimiser.train_gates)
+                of_guard = passes.over(own[optimiser.done], optimiser.z_N, optimiser.train_gates, dense=True)
+                assert of_guard.dense_ce is not None
                 grad_N = grad_N + weight * of_guard.grad_N
-                rises.append(of_guard.ce - of_guard.dense_ce())
+                rises.append(of_guard.ce - of_guard.dense_ce)
             if not (math.isfinite(found.loss) and torch.isfinite(grad_N).all()):
                 raise LearningDiverged(optimiser.done, optimiser.ranking(), optimiser.values())
             step = optimiser.advance(grad_N, found.loss, found.ce, found.kl, unseen(grad_N, groups))
@@ -191,9 +197,10 @@ def learn(
                 step = replace(step, guard_rises=rises, guard_weights=list(multipliers.weights))
                 multipliers.hear(rises)
                 if multipliers.looks_after(step.step):
-                    multipliers.look(above_dense(optimiser.values()))
+                    gated = [loss_of(rows_NT, optimiser.values()) for rows_NT in looked_at]
+                    multipliers.look([after - before for after, before in zip(gated, dense, strict=True)])
             if measure_every and step.step % measure_every == 0:
-                step = _measured(step, optimiser, model, groups, held_out_NT)
+                step = _measured(step, optimiser, held_out)
             if step.held_out_deployed is not None:
                 losses[:] = [step.held_out_deployed]
             elif optimiser.kept_N is not None and not measure_every:
@@ -204,7 +211,8 @@ def learn(
                 save()
     except KeyboardInterrupt:
         if earlier is None or int(state[0]["done"]) > earlier.step:
-            save()
+            with held_back():  # a launcher tells every rank of it once more
+                save()
         raise
     kept_N = optimiser.kept_N
     if kept_N is None:
@@ -243,27 +251,18 @@ def unseen(grad_N: torch.Tensor, groups: tuple[Group, ...]) -> torch.Tensor | No
     return torch.cat(parts)
 
 
-def _fix(optimiser: Optimiser, model: PreTrainedModel, groups: tuple[Group, ...], held_out_NT: torch.Tensor) -> Fixing:
-    def held_out() -> float:
-        return mean_loss(model, held_out_NT, groups, by_group(optimiser.values(), groups))
-
+def _fix(optimiser: Optimiser, held_out: Callable[[torch.Tensor], float]) -> Fixing:
     def kept() -> float:
         return optimiser.limits.share_of(optimiser.open_N)
 
-    kept_before, held_out_before = kept(), held_out()
+    kept_before, held_out_before = kept(), held_out(optimiser.values())
     optimiser.fix_kept_set()
-    return Fixing(optimiser.done, kept_before, kept(), held_out_before, held_out())
+    return Fixing(optimiser.done, kept_before, kept(), held_out_before, held_out(optimiser.values()))
 
 
 @torch.no_grad()
-def _measured(
-    step: Step, optimiser: Optimiser, model: PreTrainedModel, groups: tuple[Group, ...], held_out_NT: torch.Tensor
-) -> Step:
+def _measured(step: Step, optimiser: Optimiser, held_out: Callable[[torch.Tensor], float]) -> Step:
     """The step with held-out losses: gates as trained, over samples where they are noisy, and as deployed."""
-
-    def held_out(gate_N: torch.Tensor) -> float:
-        return mean_loss(model, held_out_NT, groups, by_group(gate_N, groups))
-
     samples = range(1, 1 + (SAMPLES if optimiser.relaxation.sampled and optimiser.kept_N is None else 1))
     trained = [held_out(optimiser.train_gates(optimiser.z_N, sample)) for sample in samples]
     kept_N = largest_that_fits(optimiser.ranking(), optimiser.limits)

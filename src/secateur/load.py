@@ -52,12 +52,14 @@ def load(
     units: Collection[str] | None = None,
     attention_unit: AttentionUnit | None = None,
     keep: Collection[str] = (),
+    spread: bool = False,
 ) -> Loaded:
     """Loads a causal LM and its tokenizer, in eval mode and without gradients. Raises InputError with one line.
 
     With a folder to `offload` to, weights stay on disk, where accelerate reads each one when it is needed
     (`weight_of`). `units` are the kinds to prune (Description.only), None: all that there are; `attention_unit` says
-    what those of attention are, `keep` which layers stay whole (Description.keeping).
+    what those of attention are, `keep` which layers stay whole (Description.keeping). `spread`: the model stays on the
+    CPU, in the dtype of the device, over several of which it is to be spread (sharding.py).
     """
     where = _source(name)
     description, config = describe_pretrained(name, trust_remote_code, attention_unit)  # before any weight is read
@@ -74,7 +76,7 @@ def load(
         f"cannot load the tokenizer of {name}",
     )
     model = model.eval().requires_grad_(False)
-    return Loaded(model if offload else model.to(target), tokenizer, description, own_dtype)
+    return Loaded(model if offload or spread else model.to(target), tokenizer, description, own_dtype)
 
 
 def read_model(

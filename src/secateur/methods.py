@@ -3,27 +3,33 @@
 Serves `secateur learn RUN`.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from secateur import __version__
 from secateur.budget import Budget, largest_that_fits, make_budget, ranked
-from secateur.config import Scope
+from secateur.config import Config, Scope
 from secateur.costs import Bound, bounds_of
 from secateur.export import buffers
 from secateur.files import InputError
 from secateur.gates import Gates, save_gates
 from secateur.importance import ONE_SHOT
 from secateur.learn import LearningDiverged, Start, learn
+from secateur.load import autocast, load, pick_device
 from secateur.optimise import BARELY_OPEN, Step
 from secateur.order import kept_for
 from secateur.policy import policy_of
+from secateur.ranks import Ranks, here
 from secateur.recipes import Recipe, tie_of
 from secateur.run import recorded, versions
 from secateur.session import Session
+from secateur.sharding import sharded
 from secateur.speed import lowered, memory_kept
 from secateur.wanted import TIMES, read_budgets
 
@@ -163,38 +169,69 @@ def learned_gates(session: Session, limits: Budget, about: dict[str, Any], part:
     def hear(step: Step) -> None:
         session.progress.step(replace(step, step=part.first + step.step))
 
+    model, ranks = loaded.model, here()
+    if ranks.count > 1 and c.micro_batch_size is None and run.checkpoints.exists():
+        session.progress.warned(
+            f"this run was begun on one rank with all {c.batch_size} sequences at once; in smaller parts sums are "
+            "rounded otherwise, and the gates will differ a little from those of one rank"
+        )
+    if spread := c.shard and ranks.count > 1:
+        model = sharded(ranks, c, pick_device(c.device), (model, loaded.description.layers))
+    told: dict[str, Any] = ranks.handed({
+        "groups": groups,
+        "calibration_NT": blocks.calibration_NT[begun:],
+        "held_out_NT": blocks.held_out_NT,
+        "limits": limits,
+        "recipe": part.recipe,
+        "steps": part.steps,
+        "batch_size": c.batch_size,
+        "seed": c.seed,
+        "method": c.method,
+        "measure_every": c.measure_every,
+        "gradient_checkpointing": c.gradient_checkpointing,
+        "guarded": {guard: text.after(begun) for guard, text in session.guards.items()},
+        "start": part.start,
+        "micro_batch_size": c.rows_a_pass(ranks.count),
+    })  # fmt: skip
     loaded.model.requires_grad_(False)
-    with memory_kept(), lowered(loaded.model), recorded(run.metrics, c.checkpoint_every, hear) as on_step:
+    with _fast(model, spread), recorded(run.metrics, c.checkpoint_every, hear) as on_step:
         try:
             learned = learn(
-                loaded.model,
-                groups,
-                blocks.calibration_NT[begun:],
-                blocks.held_out_NT,
-                limits,
-                part.recipe,
-                steps=part.steps,
-                batch_size=c.batch_size,
-                seed=c.seed,
-                method=c.method,
-                measure_every=c.measure_every,
+                model,
                 checkpoints=session.checkpoints(run.checkpoints),
                 on_step=on_step,
                 on_measured=session.progress.measured,
-                gradient_checkpointing=c.gradient_checkpointing,
-                guarded={guard: text.after(begun) for guard, text in session.guards.items()},
-                start=part.start,
+                ranks=ranks,
+                **told,
             )
         except LearningDiverged as error:
             last_good = run.folder / f"gates-step-{error.step}.safetensors"
             save_gates(last_good, _gates(error.z_N, error.value_N, groups, about | {"steps": error.step}))
             raise InputError(f"{error} ({last_good})") from None
+    ranks.leave()
     fixing = None if learned.fixing is None else asdict(learned.fixing)
     z_N = learned.z_N
     if not whole:  # what goes on from these has to know what is kept
         z_N = torch.where(learned.kept_N, z_N.clamp(min=BARELY_OPEN), z_N.clamp(max=0.0))
     gates = _gates(z_N, learned.value_N, groups, about | {"fixing": fixing})
     return replace(gates, order_N=learned.order_N, sensitivity_N=learned.sensitivity_N)
+
+
+def learn_along(ranks: Ranks) -> None:
+    """What ranks other than the first do: learn the same gates, of which they keep nothing."""
+    c: Config = ranks.handed()
+    device = pick_device(c.device)
+    model = sharded(ranks, c, device) if c.shard else load(c.model, c.device, c.dtype, c.trust_remote_code).model
+    told: dict[str, Any] = ranks.handed()
+    with autocast(device, c.precision), _fast(model, c.shard), suppress(LearningDiverged):  # which rank 0 says
+        learn(model, ranks=ranks, **told)
+
+
+@contextmanager
+def _fast(model: PreTrainedModel, spread: bool) -> Iterator[None]:
+    """Within the context passes are faster; weights that are spread stay as they are dealt out."""
+    with memory_kept(), nullcontext() if spread else lowered(model):
+        yield
 
 
 def _gates(z_N: torch.Tensor, value_N: torch.Tensor, groups: Any, about: dict[str, Any]) -> Gates:

@@ -2,12 +2,13 @@
 
 For the loop in learn.py, which says over which rows and with which gates.
 
-Shape suffixes: N units of the whole model, B batch, T positions, D hidden size.
+Shape suffixes: N units of the whole model, F = N + 4, B batch, T positions, D hidden size.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from transformers import PreTrainedModel
@@ -17,6 +18,7 @@ from secateur.attach import attached
 from secateur.files import InputError
 from secateur.gates import by_group
 from secateur.objective import distillation_loss
+from secateur.ranks import ALONE, Ranks
 from secateur.recipes import Recipe
 from secateur.units import Group
 from secateur.vocabulary import Vocabulary
@@ -32,8 +34,8 @@ class Found:
     kl: float
     grad_N: torch.Tensor
     """Of the loss, by z."""
-    dense_ce: Callable[[], float]
-    """Computes the unpruned model's L_ce, from its hidden states."""
+    dense_ce: float | None
+    """L_ce of the unpruned model, where it was asked for."""
 
 
 class Passes:
@@ -46,14 +48,36 @@ class Passes:
         recipe: Recipe,
         teacher: PreTrainedModel | None = None,
         gradient_checkpointing: bool = False,
+        rows: int | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
+        """`rows`: how many of a batch go through the model at once, by default all of them."""
         self.model, self.groups, self.recipe = model, groups, recipe
-        self.gradient_checkpointing = gradient_checkpointing
+        self.gradient_checkpointing, self.rows, self.ranks = gradient_checkpointing, rows, ranks
         self.student = Vocabulary(model)
         self.teacher = self.student if teacher is None else Vocabulary(teacher)
 
-    def over(self, ids_BT: torch.Tensor, z_N: torch.Tensor, gates_of: Callable[[torch.Tensor], torch.Tensor]) -> Found:
-        """Teacher, student, and the gradient by z; `gates_of` makes of z what the student is multiplied by."""
+    def over(
+        self,
+        ids_BT: torch.Tensor,
+        z_N: torch.Tensor,
+        gates_of: Callable[[torch.Tensor], torch.Tensor],
+        dense: bool = False,
+    ) -> Found:
+        """Teacher, student, and the gradient by z, over a batch, of which ranks take parts of equal size in turns.
+
+        `gates_of` makes of z what the student is multiplied by. `dense`: L_ce without gates is wanted, too.
+        """
+        parts = ids_BT.split(self.rows or len(ids_BT))
+        found = self.ranks.in_turn(parts, lambda part_BT: self._pass(part_BT, z_N, gates_of, dense))
+        mean_F = reduce(torch.Tensor.add_, found) / len(parts)
+        loss, ce, kl, dense_ce = mean_F[-4:].tolist()
+        return Found(loss, ce, kl, mean_F[:-4], dense_ce if dense else None)
+
+    def _pass(
+        self, ids_BT: torch.Tensor, z_N: torch.Tensor, gates_of: Callable[[torch.Tensor], torch.Tensor], dense: bool
+    ) -> torch.Tensor:
+        """The gradient, shape (N,), and four losses in a row: all, L_ce, L_kl, the unpruned model's L_ce or 0."""
         z_N, recipe = z_N.clone().requires_grad_(), self.recipe
         gate_N, ids_BT = gates_of(z_N), ids_BT.to(z_N.device)
         student, teacher = self.student, self.teacher
@@ -67,12 +91,10 @@ class Passes:
                 student_BTD, teacher_BTD, ids_BT, recipe.kd_weight, recipe.kd_temperature, student.head, teacher.head
             )
             (grad_N,) = torch.autograd.grad(loss, z_N)
-
-        def dense_ce() -> float:
-            heads = teacher.head, teacher.head
-            return distillation_loss(teacher_BTD, teacher_BTD, ids_BT, 0.0, 1.0, *heads)[1].item()
-
-        return Found(loss.item(), ce.item(), kl.item(), grad_N, dense_ce)
+        dense_ce = torch.zeros_like(ce)
+        if dense:
+            dense_ce = distillation_loss(teacher_BTD, teacher_BTD, ids_BT, 0.0, 1.0, teacher.head, teacher.head)[1]
+        return torch.cat([grad_N, torch.stack([loss.detach(), ce, kl, dense_ce])])
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from secateur.attach import writer
 from secateur.experts import Inside, inside_experts
+from secateur.ranks import ALONE, Ranks
 from secateur.units import Group
 from secateur.vocabulary import Vocabulary, in_chunks
 
@@ -49,19 +50,25 @@ def gate_sensitivity(
     ids_NT: torch.Tensor,
     on_row: Callable[[int], None] = lambda _: None,
     seed: int = 0,
+    rows: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> torch.Tensor:
     """Diagonal Fisher information of every gate at m = 1, in nats a token, shape (units of the model,), float32.
 
     A forward and a backward pass over the rows of `ids_NT`, with labels drawn by `seed`; ½ of the value estimates
     the KL divergence from the dense model when the unit is removed alone (optimal brain damage, LeCun et al. 1990, with
-    the Fisher information for the Hessian). With N rows its relative error is about √(2/N).
+    the Fisher information for the Hessian). With N rows its relative error is about √(2/N). `rows`: the most that go
+    through the model at once; ranks take them in turns.
     """
     device = ids_NT.device
     generator = torch.Generator(device).manual_seed(seed)
     anchor = torch.zeros((), device=device, requires_grad=True)
     totals = [torch.zeros(g.units, device=device) for g in groups]
     vocabulary = Vocabulary(model)
-    rows = 1 if any(g.experts for g in groups) else ROWS_AT_ONCE  # experts see tokens without their sequences
+    alone = any(g.experts for g in groups)  # experts see tokens without their sequences
+    parts = ids_NT.split(1 if alone else min(ROWS_AT_ONCE, rows or ROWS_AT_ONCE))
+    tokens = ids_NT.shape[1] - 1
+    luck = [torch.rand((len(part_BT) * tokens, 1), device=device, generator=generator) for part_BT in parts]
     with ExitStack() as stack:
         experts = {}
         for group, total in zip(groups, totals, strict=True):
@@ -76,23 +83,28 @@ def gate_sensitivity(
 
             stack.callback(module.register_forward_pre_hook(probe).remove)
         stack.enter_context(inside_experts(model, experts))
-        done = 0
-        for ids_BT in ids_NT.split(rows):
-            hidden_RD = vocabulary.hidden(ids_BT)[:, :-1].flatten(0, 1)
-            luck_R1 = torch.rand((len(hidden_RD), 1), device=device, generator=generator)
 
-            def surprise(logits_RV, part, luck_R1=luck_R1):  # type: ignore[no-untyped-def]
+        def of_part(number: int) -> torch.Tensor:
+            luck_R1, hidden_RD = luck[number], vocabulary.hidden(parts[number])[:, :-1].flatten(0, 1)
+
+            def surprise(logits_RV, part):  # type: ignore[no-untyped-def]
                 p_RV = logits_RV.float().softmax(dim=-1)
                 labels_R1 = drawn(p_RV, luck_R1[part])
                 p_R1 = p_RV.gather(1, labels_R1)
                 p_RV.scatter_add_(1, labels_R1, torch.full_like(p_R1, -1.0))
                 return -p_R1.log().sum(0), p_RV.to(logits_RV.dtype)
 
-            (in_chunks(hidden_RD, vocabulary.head, surprise)[0] / (ids_BT.shape[1] - 1)).backward()
-            done += len(ids_BT)
+            for total in totals:
+                total.zero_()
+            (in_chunks(hidden_RD, vocabulary.head, surprise)[0] / tokens).backward()
+            return torch.cat(totals)
+
+        sum_N, done = torch.zeros_like(torch.cat(totals)), 0
+        for part_BT, found_N in zip(parts, ranks.in_turn(range(len(parts)), of_part), strict=True):
+            sum_N += found_N
+            done += len(part_BT)
             on_row(done)
-    tokens = ids_NT.shape[1] - 1
-    return torch.cat(totals) * (tokens / len(ids_NT))
+    return sum_N * (tokens / len(ids_NT))
 
 
 def _probed(total_EC: torch.Tensor, anchor: torch.Tensor) -> Inside:

@@ -21,8 +21,9 @@ from secateur.files import InputError, read_json, write_json
 from secateur.gates import Gates, architecture_fingerprint, load_gates
 from secateur.guard import Guard, read_guards
 from secateur.latency import LatencyTable, read_table
-from secateur.load import Loaded, autocast, load, weights_fingerprint
+from secateur.load import Loaded, autocast, load, pick_device, weights_fingerprint
 from secateur.optimise import Step
+from secateur.ranks import here
 from secateur.recover import RecoveryStep
 from secateur.run import Run
 from secateur.selftext import self_written
@@ -73,7 +74,9 @@ class Session:
 
     def autocast(self) -> torch.autocast:
         """The context that passes of learning run in (`--precision`)."""
-        return autocast(next(self.loaded.model.parameters()).device, self.config.precision)
+        own = next(self.loaded.model.parameters()).device
+        spread = self.config.shard and here().count > 1
+        return autocast(pick_device(self.config.device) if spread else own, self.config.precision)
 
     @property
     def config(self) -> Config:
@@ -89,8 +92,9 @@ class Session:
             local_files(str(data))  # a wrong path shows before a large model is loaded
         with self.timed("load"):
             return load(
-                c.model, c.device, c.dtype, c.trust_remote_code, self.offload, c.units, c.attention_unit, c.keep
-            )
+                c.model, c.device, c.dtype, c.trust_remote_code, self.offload, c.units, c.attention_unit, c.keep,
+                c.shard,
+            )  # fmt: skip
 
     @cached_property
     def bos(self) -> int | None:
