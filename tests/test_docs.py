@@ -23,7 +23,7 @@ SOURCES = {
 }
 FOREIGN = {
     "--tensor-parallel-size", "--port", "--data", "--header", "--silent", "--fail", "--retry", "--retry-delay",
-    "--retry-connrefused", "--no-deps",
+    "--retry-connrefused", "--no-deps", "--nproc-per-node", "--num_processes", "--module",
 }  # fmt: skip
 """Options of other programs that pages show."""
 DATA = ("py", "json", "jsonl", "safetensors", "yaml", "html", "png")
