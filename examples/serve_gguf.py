@@ -17,7 +17,7 @@ def main() -> None:
 
     params = xllamacpp.CommonParams()
     params.model.path = options.file
-    params.hostname, params.port = options.host, options.port
+    params.hostnames, params.port = [options.host], options.port
     params.n_ctx, params.n_parallel, params.n_gpu_layers = options.context, 1, 0
     params.verbosity = -1
     server = xllamacpp.Server(params)

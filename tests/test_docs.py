@@ -70,7 +70,7 @@ def test_commands_exist_with_their_options(name: str) -> None:
     ]
     assert not wrong
     everywhere = set().union(*(options(kind) for kind, _ in COMMANDS.values())) | FOREIGN
-    named = {option for span in code(PAGES[name]) for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", span)}
+    named = {option for span in code(PAGES[name]) for option in re.findall(r"(?<![\w-])--[a-z][a-z_-]+", span)}
     assert named <= everywhere
 
 
@@ -143,7 +143,7 @@ class Seen(HTMLParser):
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The site, built as `make docs` builds it."""
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
