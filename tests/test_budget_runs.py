@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from runs import complaint, prune_arguments, random_tokens, same_gates, secateur, small_llama, write_checkpoint
+from secateur.api import open_session
 from secateur.budget import make_budget
 from secateur.checkpoints import Checkpoints
 from secateur.config import Config, load_config, save_config
@@ -17,7 +18,7 @@ from secateur.importance import ONE_SHOT
 from secateur.learn import learn
 from secateur.options import Prune, parse
 from secateur.recipes import auto_recipe
-from secateur.stages import open_session, plan_stage
+from secateur.stages import plan_stage
 from secateur.wanted import read_budgets
 from test_budgets import counted
 from test_mixtures import mixture  # noqa: F401

@@ -172,7 +172,7 @@ INTERRUPTIONS = {
     "step 7": (Screen, "step", at_step(7, send(signal.SIGINT))),
     "saving gates": (gating, "save_file", send(signal.SIGINT)),
     "planning": (planning, "make_plan", send(signal.SIGINT)),
-    "exporting": (exporting, "save_file", send(signal.SIGINT)),
+    "exporting": (exporting, "write_shards", send(signal.SIGINT)),
     "verifying": (stages, "compare", send(signal.SIGINT)),
     "evaluating": (stages, "compared", send(signal.SIGINT)),
 }

@@ -12,9 +12,12 @@ import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
+from secateur.depth import with_depth
 from secateur.describe import Description, describe
 from secateur.export import as_shipped, export
+from secateur.families import build as build_on
 from secateur.files import InputError
+from secateur.selection import Depth
 from tiny import LATENT, MIXTURE, dense_logits, gated_logits, load, random_plan, tiny, tokens
 
 DENSE = {"first_k_dense_replace": 3}
@@ -121,6 +124,31 @@ A_WHOLE_LAYER = ("layers.1.heads", "layers.1.kv_groups", "layers.1.channels")
 @pytest.mark.parametrize("model_type", [*WHOLE, *PARTLY])
 def test_exported_logits_equal_gated_logits(model_type: str, close: tuple[str, ...], tmp_path: Path) -> None:
     check_exactness(build(model_type), tmp_path / "model", close)
+
+
+CLOSED = ("layers.0.attention", "layers.1.mlp", "layers.2.attention", "layers.2.mlp")
+
+
+@pytest.mark.parametrize("depth", ["joint", "alone"])
+@pytest.mark.parametrize("model_type", [*WHOLE, *PARTLY])
+def test_sublayers_with_gates_of_their_own_are_exact(model_type: str, depth: Depth, tmp_path: Path) -> None:
+    model = build(model_type)
+    description = with_depth(describe(model), model, depth)
+    with torch.device("meta"):
+        skeleton = build_on(model.config)
+    assert with_depth(describe(skeleton), skeleton, depth) == description, "no weights are needed to see it"
+    check_exactness(model, tmp_path / "closed", CLOSED, description)
+    open_ones = () if depth == "joint" else tuple(name for name in CLOSED if "2" not in name)
+    check_exactness(model, tmp_path / "open", open_ones, description)
+
+
+@pytest.mark.parametrize("variant", [*VARIANTS, *(family for family in MIXTURES if family != "olmoe")])
+def test_variants_and_mixtures_with_gates_of_sublayers_are_exact(variant: str, tmp_path: Path) -> None:
+    model_type, changes = VARIANTS.get(variant) or MIXTURES[variant]
+    model = tiny(model_type, **changes)
+    description = with_depth(describe(model), model, "joint")
+    assert any(g.kind == "attention" for g in description.groups)
+    check_exactness(model, tmp_path / "model", CLOSED, description)
 
 
 @pytest.mark.parametrize("close", [(), ONE_OF_EACH, A_WHOLE_LAYER], ids=["half", "closed sublayers", "closed layer"])

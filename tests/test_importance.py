@@ -9,9 +9,10 @@ from torch import nn
 
 from runs import described, random_tokens, small_llama
 from secateur.attach import attached, compensation, writer
-from secateur.budget import largest_that_fits, ranked
+from secateur.budget import largest_that_fits
 from secateur.importance import ONE_SHOT, flap, magnitude, sensitivity, taylor_element, taylor_vector, wanda_sp
 from secateur.optimise import Optimiser
+from secateur.order import ranked
 from secateur.recipes import OF_EXPERTS, auto_recipe
 from secateur.sensitivity import balanced, gate_sensitivity, weighted
 

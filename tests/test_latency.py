@@ -13,6 +13,7 @@ import torch
 
 from runs import complaint, prune_arguments, same_gates, secateur, write_checkpoint
 from secateur import bench_table, measure
+from secateur.api import open_session
 from secateur.bench import machine
 from secateur.bench_table import Asked, curve, measure_table, narrowed, rising, widths_of
 from secateur.budget import largest_that_fits, make_budget
@@ -34,7 +35,7 @@ from secateur.latency import (
 from secateur.measure import Settings
 from secateur.optimise import Optimiser
 from secateur.recipes import auto_recipe
-from secateur.stages import open_session, plan_stage
+from secateur.stages import plan_stage
 from secateur.units import Size
 from secateur.wanted import read_budgets
 from test_budgets import MODELS, planned, ranks

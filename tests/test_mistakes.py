@@ -202,19 +202,24 @@ FULL = {
 
 @pytest.mark.parametrize("error", FULL)
 @pytest.mark.parametrize(
-    ("module", "file"),
-    [(checkpoints, "checkpoints"), (gating, "gates.safetensors"), (exporting, "model")],
+    ("module", "writer", "file"),
+    [
+        (checkpoints, "save_file", "checkpoints"),
+        (gating, "save_file", "gates.safetensors"),
+        (exporting, "write_shards", "model"),
+    ],
 )
 def test_a_full_disk_ends_in_one_line_that_names_the_file_and_leaves_nothing_half_written(
-    capsys, monkeypatch, dense, text, tmp_path, finished, module, file, error
+    capsys, monkeypatch, dense, text, tmp_path, finished, module, writer, file, error
 ):
-    def save_half(_tensors, path, *_args, **_options):
-        Path(path).write_bytes(b"half")
+    def save_half(*arguments, **_options):
+        path = next(Path(a) for a in arguments if isinstance(a, str | Path))
+        (path / "model.safetensors" if path.is_dir() else path).write_bytes(b"half")
         raise FULL[error]
 
     run = tmp_path / "run"
     with monkeypatch.context() as patched:
-        patched.setattr(module, "save_file", save_half)
+        patched.setattr(module, writer, save_half)
         said = complaint(capsys, *prune_arguments(dense, text, run))
     assert str(run / file) in said and "No space left on device" in said
     assert leftovers(run) == [] and not list(run.glob(f"{file}/*"))

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausal
 
 from runs import SIZES, complaint, leftovers, prune_arguments, random_tokens, secateur, small_tokenizer, write_texts
 from secateur import refit as refitting
+from secateur.api import open_session
 from secateur.attach import attached
 from secateur.budget import everything, largest_that_fits, make_budget
 from secateur.describe import describe
@@ -26,7 +27,6 @@ from secateur.planning import compare_shapes
 from secateur.recipes import auto_recipe
 from secateur.refit import normal_equations, refit
 from secateur.sensitivity import drawn, gate_sensitivity
-from secateur.stages import open_session
 from secateur.text import evaluation_text
 from secateur.units import packed
 from tiny import random_plan

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from runs import gates_of as gates_file
 from runs import prune_arguments, secateur, small_llama, small_tokenizer
+from secateur.api import open_session
 from secateur.budget import largest_that_fits
 from secateur.checkpoints import Checkpoints
 from secateur.describe import describe
@@ -26,7 +27,6 @@ from secateur.planning import compare_shapes, shapes_table
 from secateur.policy import permitted
 from secateur.recipes import auto_recipe
 from secateur.relaxation import RELAXATIONS
-from secateur.stages import open_session
 from test_mixtures import small_mixture
 from test_shapes import MODELS, budget
 from tiny import load

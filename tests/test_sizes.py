@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from runs import complaint, described, gates_of, prune_arguments, secateur, small_llama, write_checkpoint
+from secateur.api import open_session
 from secateur.budget import largest_that_fits, make_budget
 from secateur.checkpoints import Checkpoints
 from secateur.config import load_config
@@ -21,7 +22,6 @@ from secateur.learn import learn
 from secateur.order import kept_for, kept_in_order, largest_within, positions
 from secateur.policy import policy_of
 from secateur.recipes import paper_recipe
-from secateur.stages import open_session
 from secateur.wanted import read_budgets
 from test_budgets import MODELS, counted
 from test_learn import run as learn_tiny

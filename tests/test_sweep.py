@@ -10,12 +10,12 @@ from safetensors import safe_open
 
 from runs import complaint, gates_of, prune_arguments, same_gates, secateur
 from secateur import pareto
+from secateur.api import open_session, prune
 from secateur.config import Config, load_config
 from secateur.files import InputError
 from secateur.optimise import Optimiser
 from secateur.pareto import picked
 from secateur.plan import Plan
-from secateur.stages import open_session, prune
 from secateur.sweep import recipe_for, steps_of, swept_runs
 from secateur.wanted import read_pick, read_sweep
 from test_mixtures import mixture  # noqa: F401
@@ -333,8 +333,8 @@ def test_a_sweep_from_python(dense, text, tmp_path):
     config = Config(str(dense), sweep="0.2,0.5", data=str(text), out=tmp_path / "run", steps=8, batch_size=2,
                     seq_len=16, held_out_tokens=64, pick="params<=1")  # fmt: skip
     found = prune(config)
-    assert [size["name"] for size in found["sizes"]] == ["0.2", "0.5"]
-    assert found["results"]["pruned"]["perplexity"] > 0
+    assert [size["name"] for size in found.sizes] == ["0.2", "0.5"]
+    assert found.folder.parent == tmp_path / "run" / "sizes" and found.pruned.perplexity > 0
     assert [size.folder.name for size in swept_runs(open_session(tmp_path / "run").run)] == ["0.2", "0.5"]
 
 

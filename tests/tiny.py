@@ -65,7 +65,8 @@ def random_plan(
     share: float | None = None,
 ) -> Plan:
     """Keeps about half of the units, unevenly by layer and expert (evenly if uniform), at gates of 0.2 to 3; `close`
-    loses all, as do `close_experts` of every layer; `share`: of all, instead of about half."""
+    loses all, as do `close_experts` of every layer; `share`: of all, instead of about half. A sublayer with a gate of
+    its own is closed with it, and with its last unit."""
     generator = torch.Generator().manual_seed(seed)
     kept, scales = {}, {}
     nested = any(group.keys for group in description.groups)  # three groups a layer
@@ -86,6 +87,10 @@ def random_plan(
             chosen = chosen[~torch.isin(chosen // group.width, torch.tensor(close_experts))]
         kept[group.name] = chosen[: 0 if group.name in close else None].sort().values
         scales[group.name] = 0.2 + 2.8 * torch.rand(len(kept[group.name]), generator=generator)
+    for group in (g for g in description.groups if g.depth):
+        if not (len(kept[group.name]) and len(kept[group.depth])):
+            for name in (group.name, group.depth):
+                kept[name], scales[name] = kept[name][:0], scales[name][:0]
     return Plan(kept, scales, shape)
 
 

@@ -13,13 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 from pydoc_data.topics import topics
 
+from secateur.api import open_session
 from secateur.bos import leading_bos
 from secateur.describe import describe
 from secateur.evaluate import mean_loss, windows
 from secateur.files import InputError
 from secateur.load import load
 from secateur.plan import load_plan
-from secateur.stages import open_session
 
 
 def main() -> int:

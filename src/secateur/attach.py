@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from secateur.experts import Inside, inside_experts
-from secateur.units import Group, by_writer
+from secateur.units import Group, by_norm, by_writer
 
 
 def writer(model: nn.Module, group: Group) -> nn.Linear:
@@ -25,6 +25,13 @@ def _multiply_input(gate: torch.Tensor):  # type: ignore[no-untyped-def]
     def hook(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         x, *rest = args
         return (x * gate.to(x.dtype), *rest)
+
+    return hook
+
+
+def _multiply_output(gate: torch.Tensor):  # type: ignore[no-untyped-def]
+    def hook(_module: nn.Module, _args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        return output * gate.to(output.dtype)
 
     return hook
 
@@ -70,15 +77,18 @@ def attached(
     gates: Mapping[str, torch.Tensor],
     biases: Mapping[str, torch.Tensor] | None = None,
 ) -> Iterator[None]:
-    """Within the context, unit k of group g is scaled by `gates[g.name][k]`; gates have shape (g.units,).
+    """Within the context, unit k of group g is scaled by `gates[g.name][k]`; gates have shape (g.units,). A sublayer's
+    own gate scales what the sublayer adds to the hidden states, but for a bias of its writer, which stays.
 
     `biases`, where given, are added to the outputs of their groups' writers.
     """
     groups = list(groups)
     with ExitStack() as stack:
         experts = {}
+        for norm, gate in by_norm(groups, gates).items():
+            stack.callback(model.get_submodule(norm).register_forward_hook(_multiply_output(gate)).remove)
         gates = by_writer(groups, gates)
-        for group in (g for g in groups if g.writes):
+        for group in (g for g in groups if g.name in gates):
             gate = gates[group.name]
             if group.experts:
                 experts[group.gate_at] = _multiply_channels(group.by_expert(gate))

@@ -21,7 +21,7 @@ from secateur.files import InputError, scratch_folder, write_json
 from secateur.gates import architecture_fingerprint
 from secateur.ideal import Cost, Ideal, cost_of, eaten, ideals, odd_widths
 from secateur.latency import against_measured, read_table
-from secateur.load import describe_pretrained
+from secateur.load import describe_pretrained, describe_selected
 from secateur.measure import Measured, Settings, Timing, measure, processor
 from secateur.run import Run
 from secateur.slicing import pruned_shapes
@@ -62,8 +62,8 @@ def prediction_of(run: Run) -> Callable[[Mapping[str, Any]], dict[str, Any]] | N
     if not run.latency.exists():
         return None
     c, table = run.config, read_table(run.latency)
-    dense, _ = describe_pretrained(c.model, c.trust_remote_code, c.attention_unit)
-    description = dense.only(c.units).keeping(c.keep)
+    selected = describe_selected(c.model, c.trust_remote_code, c.units, c.attention_unit, c.keep, c.depth)
+    description = selected.description
     table.check_model(description, run.latency)
     groups = description.groups
     plan, _ = planned(run, groups, architecture_fingerprint(groups, description.shapes))

@@ -16,7 +16,8 @@ import torch
 from secateur.costs import Bound, Uneven, stored_when_empty, widths_within
 from secateur.describe import Description
 from secateur.files import InputError
-from secateur.knapsack import fitting, in_turn, prices
+from secateur.joint import Sublayers, sublayers_of
+from secateur.knapsack import filled, fitting, prices
 from secateur.nested import Pair, path
 from secateur.policy import RAGGED, Policy, nearest, permitted, permitted_pairs
 from secateur.recipes import Tie
@@ -68,10 +69,15 @@ class Budget:
     """Budgets on the whole model, which are the constraints then, in the place of those above."""
     groups: tuple[Group, ...] = ()
     """Where there are bounds, whose units these are."""
+    sublayers: Sublayers | None = None
+    """Gates of sublayers, which cost nothing themselves; None: there are none beside those of units."""
 
     def __post_init__(self) -> None:
         device, cost_M, allowed_C = self.constraint_N.device, self.params_N, self.allowed_C
         self.unit_M, self.constraint_M = torch.arange(len(cost_M), device=device), self.constraint_N
+        if self.sublayers is not None:
+            self.unit_M = cost_M.nonzero().flatten()
+            cost_M, self.constraint_M = cost_M[self.unit_M], self.constraint_N[self.unit_M]
         if self.bounds:
             self.names = tuple(b.name for b in self.bounds)
             units_G = torch.tensor([g.units for g in self.groups], device=device)
@@ -88,6 +94,8 @@ class Budget:
         """Share of its constraint's cost that a unit holds."""
         self.share_N = (self.params_N / self.params_N.sum()).float()
         """Share of all units' parameters that a unit holds."""
+        self.behind_N = self.share_N if self.sublayers is None else self.sublayers.sums(self.share_N)
+        """The same of a gate: that of a sublayer has all of it behind it."""
         self.target_C = (allowed_C / total_C).float()
         """ρ, the share of its cost that a constraint may keep."""
         share_C = (total_C / self.params_N.sum()).float()
@@ -100,7 +108,16 @@ class Budget:
 
     def gathered(self, value_M: torch.Tensor) -> torch.Tensor:
         """Sums over the constraints that a unit is in, shape (N,)."""
-        return torch.zeros_like(self.share_N).index_add(0, self.unit_M, value_M) if self.bounds else value_M
+        once = not self.bounds and self.sublayers is None  # each unit is in one constraint, in its order
+        return value_M if once else torch.zeros_like(self.share_N).index_add(0, self.unit_M, value_M)
+
+    def times(self, value_N: torch.Tensor) -> torch.Tensor:
+        """Values of units, times those of their sublayers where these have gates."""
+        return value_N if self.sublayers is None else self.sublayers.times(value_N)
+
+    def open(self, open_N: torch.Tensor) -> torch.Tensor:
+        """What is kept where these gates are open, a mask."""
+        return open_N if self.sublayers is None else self.sublayers.open(open_N)
 
     def mean(self, value_M: torch.Tensor) -> torch.Tensor:
         """Of every constraint, shape (C,), weighted by cost."""
@@ -124,12 +141,17 @@ class Budget:
         """What units are worth for what they cost, shape (N,): for a share of the units' parameters, or of the budgets
         at the prices at which these would be met."""
         if not self.bounds:
-            return value_N / self.share_N
+            return self.per_share(value_N)
         weight_CN = torch.zeros(len(self.names), len(value_N), device=value_N.device)
         weight_CN[self.constraint_M, self.unit_M] = self.weight_M
         price_C = prices(value_N, weight_CN, self.target_C) if len(self.names) > 1 else torch.ones_like(self.target_C)
         cost_N = price_C @ weight_CN
-        return value_N / cost_N.clamp(min=1e-6 * float(cost_N.max()))  # some may cost nothing
+        cost_N = cost_N.clamp(min=1e-6 * float(cost_N.max()))  # some may cost nothing
+        return value_N / cost_N if self.sublayers is None else self.sublayers.worth(value_N, cost_N)
+
+    def per_share(self, value_N: torch.Tensor) -> torch.Tensor:
+        """What units are worth for a share of the units' parameters, shape (N,)."""
+        return value_N / self.share_N if self.sublayers is None else self.sublayers.worth(value_N, self.share_N)
 
     def share_of(self, score_N: torch.Tensor) -> float:
         """Share of all units' parameters that scores (or a mask) of shape (N,) keep."""
@@ -138,7 +160,7 @@ class Budget:
     def to(self, device: torch.device) -> "Budget":
         """The same budget with its tensors on `device`."""
         moved = {name: getattr(self, name).to(device) for name in ("constraint_N", "params_N", "allowed_C")}
-        return replace(self, **moved)
+        return replace(self, **moved, sublayers=self.sublayers and self.sublayers.to(device))
 
 
 def make_budget(
@@ -198,6 +220,9 @@ def make_budget(
             can_go = bool(g.experts) and not g.shared
             rows.append(Rows(where[g.name], permitted(g, policy), g.parts, bool(g.experts), can_go))
         start += g.units
+        if g.gate_only:  # it costs what is kept of its units
+            constraints.append(torch.zeros(1, dtype=torch.int64))
+            continue
         parts = g.experts if scope == "expert" and g.experts else 1
         for part in range(parts):
             kind = g.kind if g.writes else "heads"  # nested KV heads and query heads are one constraint
@@ -219,6 +244,7 @@ def make_budget(
         tuple(pairs),
         () if equal else bounds,
         tuple(groups) if bounds and not equal else (),
+        sublayers_of(groups),
     )
 
 
@@ -236,17 +262,25 @@ def largest_that_fits(rank_N: torch.Tensor, limits: Budget, in_order: bool = Fal
     `in_order`: nothing after the first that does not fit, so that a smaller budget keeps a subset.
     """
     rank_N, device = rank_N.detach().cpu(), rank_N.device
+    if limits.sublayers is not None:
+        sublayers = limits.sublayers.to(rank_N.device)
+        return sublayers.whole(rank_N, lambda rank_N: _largest(rank_N, limits, in_order), in_order).to(device)
+    return _largest(rank_N, limits, in_order).to(device)
+
+
+def _largest(rank_N: torch.Tensor, limits: Budget, in_order: bool) -> torch.Tensor:
+    """The units of the kept set, by the ranks of gates on the CPU."""
     params_N, constraint_N = limits.params_N.cpu(), limits.constraint_N.cpu()
     if not (limits.rows or limits.pairs or limits.bounds):
-        return _fitting(rank_N, params_N, constraint_N, limits.allowed_C, None, in_order).to(device)
+        return filled(rank_N, params_N, constraint_N, limits.allowed_C, None, in_order)
     owner_N, chain_N = _tied(rank_N, limits)
     has_N = owner_N >= 0
     if not has_N.any():
-        return torch.zeros(len(rank_N), dtype=torch.bool, device=device)
+        return torch.zeros(len(rank_N), dtype=torch.bool)
     owner_M, count = owner_N[has_N], int(owner_N.max()) + 1
     params_O = torch.zeros(count, dtype=torch.int64).index_add(0, owner_M, params_N[has_N])
     worth_O = torch.zeros(count, dtype=torch.float64).index_add(0, owner_M, rank_N[has_N].double() * params_N[has_N])
-    rank_O = (worth_O / params_O).float()
+    rank_O = worth_O / params_O if limits.sublayers is not None else (worth_O / params_O).float()
     constraint_O = torch.zeros(count, dtype=torch.int64).index_copy(0, owner_M, constraint_N[has_N])
     chain_O = torch.zeros(count, dtype=torch.int64).index_copy(0, owner_M, chain_N[has_N])
     for chain in range(len(limits.rows) + len(limits.pairs)):  # a short row's mean may be rounded up
@@ -256,31 +290,8 @@ def largest_that_fits(rank_N: torch.Tensor, limits: Budget, in_order: bool = Fal
         chain_O.index_copy_(0, owner_M, group_G[limits.group_N.cpu()[has_N]])
         kept_O = fitting(rank_O, chain_O, chains, limits.bounds, in_order)
     else:
-        kept_O = _fitting(rank_O, params_O, constraint_O, limits.allowed_C, chain_O, in_order)
-    return (kept_O[owner_N] & has_N).to(device)
-
-
-def _fitting(
-    rank_N: torch.Tensor,
-    params_N: torch.Tensor,
-    constraint_N: torch.Tensor,
-    allowed_C: torch.Tensor,
-    chain_N: torch.Tensor | None,
-    in_order: bool,
-) -> torch.Tensor:
-    """By falling rank what fits, a mask; of a chain (−1: none), `in_order` of all, nothing after what does not."""
-    kept_N = torch.zeros(len(rank_N), dtype=torch.bool)
-    ranked = rank_N.argsort(descending=True, stable=True)
-    for constraint, allowed in enumerate(allowed_C.tolist()):
-        waiting = ranked[constraint_N[ranked] == constraint]
-        while len(waiting):
-            fits = (params_N[waiting] <= allowed) | in_order
-            waiting = waiting[fits if chain_N is None else in_turn(fits, chain_N[waiting])]
-            taken = params_N[waiting].cumsum(0) <= allowed
-            kept_N[waiting[taken]] = True
-            allowed -= int(params_N[waiting[taken]].sum())
-            waiting = waiting[:0] if in_order else waiting[~taken]
-    return kept_N
+        kept_O = filled(rank_O, params_O, constraint_O, limits.allowed_C, chain_O, in_order)
+    return kept_O[owner_N] & has_N
 
 
 def _chains(owner_N: torch.Tensor, limits: Budget) -> tuple[list[dict[int, torch.Tensor]], torch.Tensor]:
@@ -341,20 +352,10 @@ def _tied(rank_N: torch.Tensor, limits: Budget) -> tuple[torch.Tensor, torch.Ten
         for at, step in ((pair.keys, steps.keys_K), (pair.heads, steps.heads_KQ.flatten())):
             owner_N[at] = torch.where(step >= 0, pair.keys.start + step, -1)
             chain_N[at] = number
+    if limits.sublayers is not None:  # they are kept with their units
+        owner_N[limits.sublayers.are_N.cpu()] = -1
     numbers, compact_N = owner_N.unique(return_inverse=True)
     return compact_N - int(numbers[0] < 0), chain_N
-
-
-def ranked(score_N: torch.Tensor, kept_N: torch.Tensor) -> torch.Tensor:
-    """Gates z that rank as the scores do, above 0 where kept and at most 0 elsewhere, shape (N,).
-
-    Ranks, not differences to a threshold: scores span many orders of magnitude, and a plan for another sparsity needs
-    the order of the removed units as well.
-    """
-    rank_N = torch.empty_like(score_N, dtype=torch.float32)
-    order_N = score_N.argsort(descending=True, stable=True)
-    rank_N[order_N] = torch.arange(len(score_N), 0, -1, device=score_N.device) / len(score_N)
-    return torch.where(kept_N, rank_N, rank_N - 1.0)
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,12 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from secateur.config import Config
+from secateur.config import IN_MEMORY, Config, name_in_memory
 from secateur.plan import COSTLY, Rounding
 from secateur.policy import policy_of
 from secateur.recipes import ONE_SHOT
 from secateur.run import Run
+from secateur.text import HELD_OUT, READERS, file_type
 
 PAPER = "Deterministic Differentiable Structured Pruning for Large Language Models (arXiv 2603.08065)"
 
@@ -132,9 +133,11 @@ def arrival(results: Mapping[str, Any]) -> str:
     budgets = ", ".join(b["budget"] for b in results["rounding"].get("budgets", ()))
     units = "units' parameters" + outside(results.get("keep", ()))
     may_stay = f"{allowed:.2%} of the {units} may stay" + (f" for {budgets}" if budgets else "")
+    kept = f"budget: {may_stay}, {results['rounding']['kept']:.2%} do"
+    if before is None or after is None:
+        return f"{kept}; the held-out loss was not measured"
     if results.get("method") in ONE_SHOT:
-        kept = results["rounding"]["kept"]
-        return f"budget: {may_stay}, {kept:.2%} do; held-out loss {after:.4f}"
+        return f"{kept}; held-out loss {after:.4f}"
     return (
         f"budget: {may_stay}, {opened:.2%} were open as learned; holding the gates to it {when} changed the held-out "
         f"loss from {before:.4f} to {after:.4f} nats a token"
@@ -145,7 +148,7 @@ def warnings(results: Mapping[str, Any]) -> list[str]:
     """What a user should know before trusting the model, from the content of eval.json."""
     before, after, _opened, _when = _last_step(results)
     found = []
-    if after - before > COSTLY:
+    if before is not None and after is not None and after - before > COSTLY:
         remedy = "more steps, or the default recipe, arrive closer by themselves"
         if results.get("other_size"):
             remedy = "they were learned for another size, and `secateur prune MODEL --gates FILE --steps N` tunes them"
@@ -198,7 +201,7 @@ def _task_warnings(tasks: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _last_step(results: Mapping[str, Any]) -> tuple[float, float, float, str]:
+def _last_step(results: Mapping[str, Any]) -> tuple[float | None, float | None, float, str]:
     """Held-out loss before and after the gates are held to the budget, the share open before, and when that was."""
     fixing, rounding = results["fixing"], results["rounding"]
     if fixing is not None:
@@ -214,7 +217,8 @@ def outside(keep: Sequence[str]) -> str:
 
 def _units(kinds: Collection[str]) -> str:
     names = {"heads": "attention heads", "kv_groups": "attention heads", "channels": "MLP channels",
-             "expert_channels": "experts' channels", "shared_channels": "shared experts' channels"}  # fmt: skip
+             "expert_channels": "experts' channels", "shared_channels": "shared experts' channels",
+             "attention": "whole attention sublayers", "mlp": "whole MLP sublayers"}  # fmt: skip
     return " and ".join(dict.fromkeys(name for kind, name in names.items() if kind in kinds))
 
 
@@ -276,6 +280,9 @@ def model_card(
         ]
         if config.gates is not None:
             lines.append(f"- gates: of another run, {'their values tuned so' if config.steps else 'as they were'}")
+    if config.depth != "off":
+        beside = ", beside those of their units" if config.depth == "joint" else "; all widths stayed"
+        lines.append(f"- depth: whole attention and MLP sublayers had gates of their own{beside}")
     if results is not None:
         lines += [f"- {arrival(results)}"]
     lines.append("")
@@ -331,9 +338,14 @@ def _found(method: str) -> str:
 
 def public_name(source: str) -> str:
     """A hub id as it is; of a local path only the last part, as others have no use for the rest."""
+    if source.startswith(HELD_OUT):
+        return HELD_OUT + public_name(source.removeprefix(HELD_OUT))
     if source == "self":
         return "text that the model itself wrote"
-    local = Path(source).expanduser().exists() or source.startswith(("/", ".", "~"))
+    if source.startswith(IN_MEMORY):
+        return f"{name_in_memory(source)} (a model in memory)"
+    path = Path(source).expanduser()
+    local = path.exists() or source.startswith(("/", ".", "~")) or source.count("/") > 1 or file_type(path) in READERS
     return Path(source).name if local else source
 
 

@@ -19,12 +19,14 @@ from secateur.config import Config
 from secateur.files import InputError
 from secateur.measure import Bench
 from secateur.options import (
+    Estimate,
     Eval,
     Export,
     Inspect,
     Learn,
     Plan,
     Prune,
+    Push,
     Recover,
     Refit,
     Report,
@@ -46,8 +48,10 @@ errors = Console(stderr=True, highlight=False, soft_wrap=True)
 def prune(options: Prune) -> None:
     """`secateur prune`."""
     from secateur import ranks
+    from secateur.logs import check_installed
     from secateur.run import new_run, open_run
 
+    check_installed(options.log)
     if options.resume is not None:
         run = open_run(options.resume)
         # How gates are learned is for the machine at hand to say.
@@ -88,6 +92,20 @@ def inspect(options: Inspect) -> None:
         console.print(routing_table(found, tokens, options.data))
 
 
+def estimate(options: Estimate) -> None:
+    """`secateur estimate`."""
+    from secateur import estimate as estimating
+
+    values = {f.name: getattr(options, f.name) for f in fields(Config)}
+    if options.sparsity is None and not options.budget and options.sweep is None:
+        values["sparsity"] = 0.5
+    config = Config(**values)
+    found = estimating.estimate(config, options.hardware)
+    for table in estimating.tables(found):
+        console.print(table)
+    estimating.check_fit(found)
+
+
 def learn(options: Learn) -> None:
     """`secateur learn`."""
     from secateur import ranks
@@ -110,12 +128,13 @@ def plan(options: Plan) -> None:
     from secateur.planning import said, show
     from secateur.sizes import plan_size
 
+    low = options.low_memory
     if options.compare:
-        return show(console, *_staged(_open(options.run), "compare_shapes", shape=options.shape))
+        return show(console, *_staged(_open(options.run), "compare_shapes", low, shape=options.shape))
     if asked := _asked(options):
-        size, rounding = _staged(_open(options.run, sweeps=True), plan_size, shape=options.shape, **asked)
+        size, rounding = _staged(_open(options.run, sweeps=True), plan_size, low, shape=options.shape, **asked)
         return console.print(f"{said(rounding)}\nwrote {size.run.plan}", markup=False, soft_wrap=True)
-    rounding, beside = _staged(_open(options.run), "plan_beside_ragged", shape=options.shape)
+    rounding, beside = _staged(_open(options.run), "plan_beside_ragged", low, shape=options.shape)
     console.print(said(rounding))
     if beside is not None:
         console.print(beside, markup=False)
@@ -124,7 +143,7 @@ def plan(options: Plan) -> None:
 
 def export(options: Export) -> None:
     """`secateur export`."""
-    asked = _asked(options)
+    asked, low = _asked(options), options.low_memory
     run = _open(options.run, sweeps=bool(asked or options.pick))
     if options.pick is not None:
         from secateur.pareto import compare_sizes, picked
@@ -137,7 +156,7 @@ def export(options: Export) -> None:
     if asked:
         from secateur.sizes import export_size
 
-        run = _staged(run, export_size, shape=options.shape, low_memory=options.low_memory, **asked)
+        run = _staged(run, export_size, low, shape=options.shape, **asked)
         console.print(f"wrote {run.model}; go on with `secateur verify {run.folder}`", markup=False, soft_wrap=True)
         if options.format == "hf":
             return None
@@ -146,9 +165,9 @@ def export(options: Export) -> None:
         from secateur.equivalence import gguf_stage
 
         kind, shape = options.gguf_type, options.shape
-        path, written = _staged(run, gguf_stage, kind=kind, shape=shape, low_memory=options.low_memory)
+        path, written = _staged(run, gguf_stage, low, kind=kind, shape=shape)
         return console.print(f"wrote {path} ({written})", markup=False, soft_wrap=True)
-    _staged(run, "export_stage", shape=options.shape, low_memory=options.low_memory)
+    _staged(run, "export_stage", low, shape=options.shape)
     return console.print(f"wrote {run.model}", markup=False, soft_wrap=True)
 
 
@@ -207,9 +226,22 @@ def report(options: Report) -> None:
     console.print(f"wrote {write_report(options.runs, options.out)}", markup=False, soft_wrap=True)
 
 
+def push(options: Push) -> None:
+    """`secateur push`."""
+    from secateur.push import push
+
+    own = {name: value for name, value in vars(options).items() if name != "run"}
+    pushed = push(_open(options.run), **own)
+    for line in pushed.lines():
+        console.print(line, markup=False, soft_wrap=True)
+    done = f"pushed to {pushed.url}" if pushed.url else f"nothing was sent; without --dry-run it goes to {options.repo}"
+    console.print(done, markup=False, soft_wrap=True)
+
+
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "prune": (Prune, prune),
     "inspect": (Inspect, inspect),
+    "estimate": (Estimate, estimate),
     "learn": (Learn, learn),
     "plan": (Plan, plan),
     "export": (Export, export),
@@ -220,6 +252,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "eval": (Eval, evaluate),
     "bench": (Bench, bench),
     "report": (Report, report),
+    "push": (Push, push),
 }
 IN_RANKS = ("prune", "learn")
 """Commands that several processes share."""
@@ -247,21 +280,22 @@ def _asked(options: Plan | Export) -> dict[str, Any]:
     return asked if options.sparsity is not None or options.budget else {}
 
 
-def _staged(run: "Run", stage: str | Callable[..., Any], **options: Any) -> Any:
+def _staged(run: "Run", stage: str | Callable[..., Any], low_memory: bool = False, **options: Any) -> Any:
     """Runs a stage (its function, or its name in stages.py), or all of them, with progress on the screen."""
     from secateur import stages
+    from secateur.logs import logs_of
     from secateur.progress import Screen
     from secateur.ranks import INTERRUPTED, here
-    from secateur.session import Session
+    from secateur.session import Listeners, Session
 
     console.print(f"run folder: {run.folder}", markup=False, soft_wrap=True)
     if (count := here().count) > 1:
         c = run.config
         console.print(f"{count} ranks learn, {c.rows_a_pass(count)} of {c.batch_size} sequences at once on each")
     try:
-        with Screen(console, run.config) as screen:
+        with Screen(console, run.config) as screen, logs_of(run) as logs:
             function = getattr(stages, stage) if isinstance(stage, str) else stage
-            return function(Session(run, screen), **options)
+            return function(Session(run, Listeners([screen, *logs]), low_memory), **options)
     except KeyboardInterrupt:
         again = f"secateur prune --resume {run.folder}" if stage == "remaining_stages" else "the same command"
         with interrupts.held_back():  # a launcher interrupts once more

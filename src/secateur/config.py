@@ -16,9 +16,10 @@ from secateur.files import InputError, write_text
 from secateur.guard import read_guards
 from secateur.policy import policy_of
 from secateur.recipes import EQUAL_WIDTHS, ONE_SHOT, WHOLE_EXPERTS, Method, Recipe, recipe_of
-from secateur.selection import AttentionUnit, Kind, check_selection, kept_words
+from secateur.selection import AttentionUnit, Depth, Kind, check_selection, kept_words
 from secateur.wanted import what_is_asked
 
+Log = Literal["tensorboard", "wandb"]
 Scope = Literal["model", "kind", "layer", "expert"]
 
 _SAID = tyro.conf.arg(metavar="ragged|uniform|padded|aligned:N|tp:K")
@@ -28,6 +29,15 @@ AnyShape = Annotated[str | None, _SAID]
 """The same where the option may be left out."""
 Words = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="KIND=VALUE")]
 """Words that wanted.py reads."""
+
+
+IN_MEMORY = "in memory: "
+"""What `model` begins with where Python code gave the model itself: `in memory: NAME, weights HASH`."""
+
+
+def name_in_memory(model: str) -> str:
+    """NAME of a `model` that was given in memory; any other as it is."""
+    return model.removeprefix(IN_MEMORY).rpartition(", weights ")[0] if model.startswith(IN_MEMORY) else model
 
 
 @dataclass
@@ -75,6 +85,10 @@ class Config:
     layer keeps some KV heads, and as many query heads of each. Where all heads share one KV head or a latent there are
     `heads` only; where every head has its own all three are the same. Default: `kv-groups`, else `heads`. To leave
     attention whole: `--only mlp`."""
+    depth: Depth = "off"
+    """Remove whole attention and MLP sublayers, by gates of their own, learned as those of units are: `joint`, beside
+    the units' gates, so that width and depth compete for one budget; `alone`, whole sublayers only, all widths stay. A
+    mixture's experts have none: their router could not go. Default: sublayers go with their last unit."""
     keep: tuple[str, ...] = ()
     """Layers, or sublayers, that stay whole, with commas or spaces between: `layers.0,layers.-1` (from the end),
     `layers.3.mlp`, `layers.3.attention`. `--sparsity` is a share of all units still, and goes from the others."""
@@ -169,6 +183,16 @@ class Config:
     """Arithmetic of the passes that gates or weights are learned by: `bfloat16` by autocast, or that of the weights'
     own dtype (`float32`). `auto` is bfloat16 where the processor multiplies in it. What is planned, verified and
     evaluated is always measured in the weights' own dtype."""
+    teacher: Literal["live", "cache"] = "live"
+    """`cache`: keep what the unpruned model says of each batch in RUN/teacher, cut down to its likeliest words and the
+    mass of all others, and read it from there when the batch comes again: in a resumed run, a sweep, further epochs.
+    What that costs in exactness is said at the end."""
+    teacher_top_k: int = 64
+    """Words a position that `--teacher cache` keeps; each takes 8 bytes."""
+    offload: Literal["none", "cpu", "disk"] = "none"
+    """While gates are learned, leave the decoder layers' weights in the processor's memory, or on disk (in the model's
+    own files, if these hold them as they are used), and bring each to the device when it is needed: for models that do
+    not fit there. Implies --gradient-checkpointing. Verification and evaluation need the memory all the same."""
     gradient_checkpointing: bool = False
     """While gates are learned, compute layers once more in the backward pass instead of keeping what they computed:
     less memory, more time, the same gates."""
@@ -183,6 +207,9 @@ class Config:
     measure_every: int = 0
     """Every so many steps, measure the held-out loss with the gates as trained and as deployed, for metrics.jsonl; 0:
     never. Changes nothing else."""
+    log: tuple[Log, ...] = ()
+    """Curves to watch beside metrics.jsonl, under the same names: `tensorboard` (RUN/tensorboard), `wandb` (Weights &
+    Biases, RUN/wandb; WANDB_MODE=offline sends nothing), or both."""
     trust_remote_code: bool = False
     """Run modelling code that comes with the checkpoint."""
     learning: tyro.conf.Suppress[Recipe | None] = None
@@ -197,7 +224,7 @@ class Config:
         if self.method == "flap" and (said := [w for w in self.budget if w.startswith(("params", "total", "bytes"))]):
             raise InputError(f"--method flap adds biases, which --budget {said[0]} does not count; use flops or kv")
         counts = ("batch_size", "micro_batch_size", "epochs", "checkpoint_every", "refit_rounds", "recover_steps",
-                  "recover_rank")  # fmt: skip
+                  "recover_rank", "teacher_top_k")  # fmt: skip
         for name in (*(() if self.gates and self.steps == 0 else ("steps",)), *counts):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
@@ -219,6 +246,10 @@ class Config:
             raise InputError(f"--kd-weight must be at least 0, not {self.kd_weight}")
         if not re.fullmatch(r"\d+(\.\d+)? *([KMGT]i?B|B)?", self.max_shard_size, flags=re.IGNORECASE):
             raise InputError(f"--max-shard-size is a size such as 5GB or 500MB, not {self.max_shard_size!r}")
+        self.gradient_checkpointing = self.gradient_checkpointing or self.offload != "none"  # autograd keeps weights
+        for option, wanted in (("--offload", self.offload != "none"), ("--teacher cache", self.teacher == "cache")):
+            if self.shard and wanted:
+                raise InputError(f"--shard has all ranks compute the same layers at once; leave it or {option} out")
         policy = policy_of(self.shape)
         self.shape = str(policy)
         self.keep = kept_words(self.keep)
@@ -246,6 +277,10 @@ class Config:
                 raise InputError(f"{option} is a setting of learning, and --method {self.method} learns nothing")
         if not self.binarise:
             raise InputError(f"--no-binarise is a setting of learning, and --method {self.method} learns nothing")
+        if self.offload != "none":
+            raise InputError(f"--offload is for learning, and --method {self.method} learns nothing")
+        if self.teacher == "cache":
+            raise InputError(f"--teacher cache is a setting of learning, and --method {self.method} learns nothing")
         if self.method == "sensitivity" and self.recipe == "paper":
             raise InputError("--recipe paper measures no sensitivity, so --method sensitivity contradicts it")
 
@@ -298,7 +333,7 @@ class Config:
         per: Scope = "model"
         if policy_of(self.shape).uniform:
             per = "expert"
-        elif self.method in EQUAL_WIDTHS and not (self.budget and self.method in WHOLE_EXPERTS):
+        elif self.method in EQUAL_WIDTHS and self.depth == "off" and not (self.budget and self.method in WHOLE_EXPERTS):
             per = "layer"
         elif recipe.name == "paper" and self.method not in (*ONE_SHOT, "grasprune") and self.by_sparsity:
             per = "kind"

@@ -76,6 +76,8 @@ class Description:
         policy = policy_of(shape)
         if policy.uniform and self.kept:
             raise InputError(f"--keep leaves layers wider than others, so --shape {policy} contradicts it")
+        if policy.uniform and any(g.is_sublayer for g in self.groups):
+            raise InputError(f"--depth closes whole sublayers of some layers, so --shape {policy} contradicts it")
         check_permitted(policy, self.groups, self.others)
         cut, whole = ({g.kind for g in groups if g.experts or not g.sizes} for groups in (self.groups, self.others))
         if policy.uniform and cut and "shared_channels" in cut | whole and whole:
@@ -87,7 +89,7 @@ class Description:
     @property
     def kinds(self) -> frozenset[str]:
         """What there is of units."""
-        return frozenset(g.kind for g in self.groups)
+        return frozenset(g.kind for g in self.groups if not g.gate_only)
 
     def only(self, kinds: Collection[str]) -> "Description":
         """The same model with the units of some kinds alone (`--units`). None said: the channels of a mixture's

@@ -52,11 +52,11 @@ class Equivalence:
     dense: list[Agreement]
 
 
-def gguf_stage(session: Session, kind: str, shape: str | None = None, low_memory: bool = False) -> tuple[Path, Written]:
+def gguf_stage(session: Session, kind: str, shape: str | None = None) -> tuple[Path, Written]:
     """Writes the export as one GGUF file, RUN/model-KIND.gguf; exports first if there is none, or not in that shape."""
     run = session.run
     if shape is not None or not (run.model.is_dir() or run.failed_model.is_dir()):
-        export_stage(session, shape, low_memory)
+        export_stage(session, shape)
     out = run.folder / f"model-{kind}.gguf"
     with session.timed("gguf"):
         return out, write_gguf(checked_export(run), out, kind)

@@ -13,14 +13,13 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
 from huggingface_hub.errors import StrictDataclassError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
     MistralForCausalLM,
@@ -37,6 +36,7 @@ from secateur.experts import is_fused
 from secateur.files import InputError, replacing, write_json, write_text
 from secateur.load import weight_of
 from secateur.plan import Plan
+from secateur.shards import write_shards
 from secateur.slicing import added_biases, pruned_shapes, sliced
 from secateur.units import said_by_config, whole
 
@@ -61,7 +61,7 @@ def export(
 
     `tokenizer` may be None; `card` makes the README.md, told whether this is a stock checkpoint; `dtype` None keeps
     each weight's own; `outdated` are files that speak of what was there. Memory: the model, if its weights are not
-    offloaded to disk, and a shard.
+    offloaded to disk, and what cutting one of them takes.
     Raises InputError when the plan's widths cannot be said in the shape it asks for.
     """
     stock, stock_base = _stock_classes(model)
@@ -129,7 +129,7 @@ def _ragged(values: dict[str, Any], description: Description, plan: Plan) -> dic
         others = [e for e in layers.get(str(layer), []) if what(e) != what(entry)]
         own[key] = {**layers, str(layer): [*others, entry]}
 
-    for group in description.groups:
+    for group in (g for g in description.groups if not g.gate_only):
         size, path = sizes[group.name], group.gate_at.removeprefix(f"{description.layers}.{group.layer}.")
         module, _, writer = path.rpartition(".")
         if (said := said_by_config(group, size)) != said_by_config(group, whole(group)):
@@ -137,7 +137,7 @@ def _ragged(values: dict[str, Any], description: Description, plan: Plan) -> dic
         if group.sizes:
             put("narrowed", group.layer, path if group.experts else module)
         if size.width == 0 and group.writes:
-            put("closed", group.layer, [group.kind, module, writer])
+            put("closed", group.layer, ["heads" if group.attends else "channels", module, writer])
         elif not group.sizes:
             put("widths", group.layer, [module, writer, size.width])
         if group.experts and size.parts < group.experts:
@@ -147,7 +147,7 @@ def _ragged(values: dict[str, Any], description: Description, plan: Plan) -> dic
     for name in added_biases(description, plan):
         layer, _, path = name.removeprefix(f"{description.layers}.").removesuffix(".bias").partition(".")
         put("biases", layer, path)
-    if all(size == whole(g) for g, size in zip(description.groups, sizes.values(), strict=True)) and not widths:
+    if all(sizes[g.name] == whole(g) for g in description.groups if not g.gate_only) and not widths:
         return values
     return values | {
         "per_layer_config": {str(layer): widths[layer] for layer in sorted(widths)},
@@ -326,12 +326,6 @@ def _check_shapes(skeleton: nn.Module, description: Description, plan: Plan) -> 
 # --- weights ---------------------------------------------------------------------------------------------------------
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters, tied ones once, then the buffers that checkpoints hold."""
-    yield from ((name, weight_of(model, name)) for name, _ in model.named_parameters())
-    yield from buffers(model)
-
-
 def buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """What checkpoints hold beside parameters: routers' biases."""
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
@@ -351,21 +345,13 @@ def as_shipped(model: PreTrainedModel, tensors: Iterable[tuple[str, Tensor]]) ->
 def _write_weights(
     model: PreTrainedModel, description: Description, plan: Plan, folder: Path, max_shard_size: int | str, dtype: Any
 ) -> None:
-    """Safetensors files, each written when its last tensor has been cut."""
-    on_meta = ((name, parameter.to("meta")) for name, parameter in [*model.named_parameters(), *buffers(model)])
-    shards = split_torch_state_dict_into_shards(
-        dict(as_shipped(model, sliced(on_meta, description, plan, dtype))),
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=max_shard_size,
-    )
-    file_of = {name: file for file, names in shards.filename_to_tensors.items() for name in names}
-    pending: dict[str, dict[str, Tensor]] = {file: {} for file in shards.filename_to_tensors}
-    for name, tensor in as_shipped(model, sliced(_tensors(model), description, plan, dtype)):
-        file = file_of[name]
-        pending[file][name] = tensor.contiguous().cpu()
-        if len(pending[file]) == len(shards.filename_to_tensors[file]):
-            save_file(pending.pop(file), folder / file, metadata={"format": "pt"})
-    assert not pending, f"tensors missing for {sorted(pending)}"
-    if shards.is_sharded:
-        index = {"metadata": shards.metadata, "weight_map": dict(sorted(file_of.items()))}
-        write_json(folder / "model.safetensors.index.json", index)
+    """Safetensors files, each tensor written as soon as it has been cut."""
+    held, names = (
+        list(buffers(model)),
+        list(description.shapes),
+    )  # of weights on disk, tied ones are not the same object
+    on_meta = [(name, model.get_parameter(name).to("meta")) for name in names]
+    on_meta += [(name, buffer.to("meta")) for name, buffer in held]
+    layout = dict(as_shipped(model, sliced(on_meta, description, plan, dtype)))
+    values = chain(((name, weight_of(model, name)) for name in names), held)
+    write_shards(folder, layout, as_shipped(model, sliced(values, description, plan, dtype)), max_shard_size)

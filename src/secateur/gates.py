@@ -23,7 +23,8 @@ from safetensors.torch import save_file
 from secateur.files import InputError, replacing
 from secateur.units import Group, Shapes
 
-GATES_FORMAT = 1
+GATES_FORMATS = (1, 2)
+"""2: with gates of sublayers, by which the gates of their units are multiplied."""
 
 OPTIONAL = ("value", "order", "sensitivity")
 """Tensors that a group may have beside its z."""
@@ -67,9 +68,16 @@ class Gates:
         return by_group(self.deployed(), self.groups)
 
 
+def depth_of(groups: Sequence[Group]) -> str:
+    """The `--depth` that groups are of."""
+    if any(g.is_sublayer and not g.gate_only for g in groups):
+        return "alone"
+    return "joint" if any(g.depth for g in groups) else "off"
+
+
 def architecture_fingerprint(groups: Sequence[Group], shapes: Shapes) -> str:
     """Hash of all units and of the shapes they lie in: gates fit a model exactly when this is equal."""
-    later = ("experts", "kv_heads", "keys")  # which the first gates files did not have
+    later = ("experts", "kv_heads", "keys", "depth", "after", "offset")  # which the first gates files did not have
     units = [{key: value for key, value in asdict(g).items() if key not in later or value} for g in groups]
     content = json.dumps([units, sorted((k, list(v)) for k, v in shapes.items())])
     return hashlib.sha256(content.encode()).hexdigest()[:16]
@@ -84,7 +92,8 @@ def save_gates(path: Path, gates: Gates) -> None:
     named |= {f"mean.{name}": mean for name, mean in (gates.means or {}).items()}
     tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in named.items()}
     # One entry only: safetensors writes several in a random order, and equal gates should be equal files.
-    metadata = {"secateur": json.dumps({"format": GATES_FORMAT, **gates.about})}
+    written = GATES_FORMATS[any(g.depth for g in gates.groups)]
+    metadata = {"secateur": json.dumps({"format": written, **gates.about})}
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)
 
@@ -100,8 +109,12 @@ def load_gates(path: Path, groups: Sequence[Group], *fingerprints: str) -> Gates
         raise InputError(f"{path} is missing; `secateur learn` writes it") from None
     except (SafetensorError, ValueError, OSError) as error:
         raise InputError(f"{path} is not a readable gates file ({error}); run `secateur learn` again") from None
-    if not isinstance(about, dict) or about.get("format") != GATES_FORMAT:
-        raise InputError(f"{path} is not a gates file of format {GATES_FORMAT}; learn the gates anew with this version")
+    if not isinstance(about, dict) or about.get("format") not in GATES_FORMATS:
+        raise InputError(f"{path} is not a gates file of format 1 or 2; learn the gates anew with this version")
+    depth, said = about.get("depth", "off"), depth_of(groups)
+    if depth != said:
+        has = "no gates of sublayers" if depth == "off" else f"gates of --depth {depth}"
+        raise InputError(f"{path} holds {has}, and this run is one of --depth {said}; say --depth {depth}")
     wrong = [g for g in groups if g.name not in tensors or tensors[g.name].shape != (g.units,)]
     if wrong or not {about.get("architecture"), about.get("units")} & set(fingerprints):
         detail = "the shapes of its weights differ"

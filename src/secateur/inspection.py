@@ -20,29 +20,42 @@ from secateur.load import load
 from secateur.text import evaluation_text, local_files
 from secateur.units import unit_params
 
+COLUMNS = ("units", "layers", "units a layer", "parameters a unit", "parameters", "share of model")
 WINDOWS, LENGTH = 16, 512
 """Text that routing is counted on, windows × tokens; fewer where the text is shorter."""
 
 
 def units_table(name: str, description: Description, config: PreTrainedConfig) -> Table:
     """A row for all groups that are alike."""
-    sizes = figures(description, None, 1)
-    title = f"{name}: {config.model_type}, {config.num_hidden_layers} layers, {sizes.parameters:,} parameters"
-    if sizes.active_parameters != sizes.parameters:
-        title += (
-            f", {sizes.active_parameters:,} active a token ({experts_a_token(config)} experts a layer, evenly used)"
-        )
-    table = Table(title=title, title_justify="left")
-    for column in ("units", "layers", "units a layer", "parameters a unit", "parameters", "share of model"):
+    table = Table(title=title(name, description, config), title_justify="left")
+    for column in COLUMNS:
         table.add_column(column, justify="left" if column in ("units", "layers") else "right")
+    for row in unit_rows(description):
+        table.add_row(*row)
+    return table
+
+
+def title(name: str, description: Description, config: PreTrainedConfig) -> str:
+    """What a model is, in a line."""
+    sizes = figures(description, None, 1)
+    said = f"{name}: {config.model_type}, {config.num_hidden_layers} layers, {sizes.parameters:,} parameters"
+    if sizes.active_parameters != sizes.parameters:
+        said += f", {sizes.active_parameters:,} active a token ({experts_a_token(config)} experts a layer, evenly used)"
+    return said
+
+
+def unit_rows(description: Description) -> list[tuple[str, ...]]:
+    """A row for all groups that are alike, of COLUMNS."""
+    total = figures(description, None, 1).parameters
+    found: list[tuple[str, ...]] = []
     rows: dict[tuple[str, int, int, int], list[int]] = {}
     for g in description.groups:
         rows.setdefault((g.kind, g.experts, g.width, unit_params(g, description.shapes)), []).append(g.layer)
     for (kind, experts, width, params), layers in rows.items():
         count = len(layers) * (experts or 1) * width * params
         units = f"{experts} × {width:,}" if experts else f"{width:,}"
-        table.add_row(kind, _ranges(layers), units, f"{params:,}", f"{count:,}", f"{count / sizes.parameters:.1%}")
-    return table
+        found.append((kind, _ranges(layers), units, f"{params:,}", f"{count:,}", f"{count / total:.1%}"))
+    return found
 
 
 def refusals(description: Description) -> list[str]:

@@ -58,6 +58,29 @@ def fitting(
     return kept_O
 
 
+def filled(
+    rank_N: torch.Tensor,
+    params_N: torch.Tensor,
+    constraint_N: torch.Tensor,
+    allowed_C: torch.Tensor,
+    chain_N: torch.Tensor | None,
+    in_order: bool,
+) -> torch.Tensor:
+    """By falling rank what fits, a mask; of a chain (−1: none), `in_order` of all, nothing after what does not."""
+    kept_N = torch.zeros(len(rank_N), dtype=torch.bool)
+    ranked = rank_N.argsort(descending=True, stable=True)
+    for constraint, allowed in enumerate(allowed_C.tolist()):
+        waiting = ranked[constraint_N[ranked] == constraint]
+        while len(waiting):
+            fits = (params_N[waiting] <= allowed) | in_order
+            waiting = waiting[fits if chain_N is None else in_turn(fits, chain_N[waiting])]
+            taken = params_N[waiting].cumsum(0) <= allowed
+            kept_N[waiting[taken]] = True
+            allowed -= int(params_N[waiting[taken]].sum())
+            waiting = waiting[:0] if in_order else waiting[~taken]
+    return kept_N
+
+
 def _admitted(
     rank_O: torch.Tensor, chain_O: torch.Tensor, opening_HC: torch.Tensor, room_C: torch.Tensor
 ) -> torch.Tensor:

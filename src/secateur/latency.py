@@ -124,11 +124,18 @@ class LatencyTable:
             )
         curves = {name: (s.stored, seconds) for s, seconds in zip(self.sublayers, times.sublayers, strict=True)
                   for name in s.groups}  # fmt: skip
-        costs = tuple(priced(*curves[g.name]) for g in description.groups)
+        of = {g.name: self._parts(g) for g in description.groups}
+        costs = tuple(Cost(sum(round(curves[name][1][-1] * PICOSECONDS) for name in of[g.name])) if g.is_sublayer
+                      else priced(*curves[g.name]) for g in description.groups)  # fmt: skip
         whole = round(times.whole * PICOSECONDS)
         fixed = whole - sum(cost.at(g.units) for cost, g in zip(costs, description.groups, strict=True))
         most = wanted.most(Fraction(whole, SCALE))
         return Bound(wanted.name, wanted, costs, fixed, SCALE, whole, most * SCALE)
+
+    def _parts(self, group: Group) -> list[str]:
+        """Names of the groups of units that make up a sublayer that goes whole; none of a gate beside their own."""
+        inside = [name for s in self.sublayers for name in s.groups if name.startswith(f"layers.{group.layer}.")]
+        return [name for name in inside if not group.gate_only and name.endswith("channels") != group.attends]
 
     def predicted(self, description: Description, stored: Sequence[int], kind: str, batch: int) -> float:
         """Seconds that the model takes that stores so many units of each group."""
@@ -141,7 +148,11 @@ class LatencyTable:
         if architecture_fingerprint((), description.shapes) != self.architecture:
             raise InputError(f"{path} is the latency table of another model ({self.model}); {again}")
         known = {name: (s.kind, s.units) for s in self.sublayers for name in s.groups}
-        lacking = next((g for g in description.groups if known.get(g.name) != (g.kind, g.units)), None)
+
+        def lacks(g: Group) -> bool:
+            return not g.gate_only and not self._parts(g) if g.is_sublayer else known.get(g.name) != (g.kind, g.units)
+
+        lacking = next(filter(lacks, description.groups), None)
         if lacking is not None:
             raise InputError(
                 f"{path} has no times of {lacking.name} in {lacking.units} {_unit_of(lacking)}; measure them with the "

@@ -30,6 +30,7 @@ from secateur.ranks import ALONE, Ranks
 from secateur.recipes import Recipe
 from secateur.relaxation import RELAXATIONS
 from secateur.sensitivity import balanced, gate_sensitivity, weighted
+from secateur.teacher import Exactness, TeacherCache
 from secateur.units import Group
 
 SAMPLES = 4
@@ -45,6 +46,10 @@ class LearningDiverged(InputError):
             "or learn in --dtype float32"
         )
         self.step, self.z_N, self.value_N = step, z_N, value_N
+
+
+class StopLearning(Exception):
+    """Raised by what hears of a step, `on_step`: learning ends with that step, and the gates are as they are then."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,10 @@ class Learned:
     """What the units rank by for other sizes (order.py): above 1 where kept, else below. None: z says it."""
     sensitivity_N: torch.Tensor | None = None
     """What each unit is worth alone, where it was measured."""
+    stopped: int | None = None
+    """The step after which StopLearning ended it; None where all steps were done."""
+    exactness: Exactness | None = None
+    """What a teacher kept on disk leaves out, on the last batch; None where the teacher was asked."""
 
 
 def learn(
@@ -109,6 +118,7 @@ def learn(
     gradient_checkpointing: bool = False,
     guarded: Mapping[Guard, Blocks] | None = None,
     start: Start | None = None,
+    teacher_cache: TeacherCache | None = None,
     micro_batch_size: int | None = None,
     ranks: Ranks = ALONE,
 ) -> Learned:
@@ -120,19 +130,21 @@ def learn(
     one of RELAXATIONS; `measure_every` k records the held-out loss every k steps and changes nothing else. `teacher` is
     the model itself without gates unless another one is given. `gradient_checkpointing` computes each layer once more
     in the backward pass instead of keeping what it computed: less memory, the same gates. `guarded`: the texts whose
-    loss is bounded, with as many rows as of calibration. `start`: from other gates. `micro_batch_size`: rows that go
-    through the model at once. `ranks`: they do the same with the same arguments, and share the passes; only rank 0 has
-    checkpoints. The gates are the same on each, and with equal micro-batches on any number of them.
+    loss is bounded, with as many rows as of calibration. `start`: from other gates. `on_step` may raise StopLearning.
+    `teacher_cache`: where the teacher's distributions are kept, cut down to their likeliest words. `micro_batch_size`:
+    rows that go through the model at once. `ranks`: they do the same with the same arguments, and share the passes;
+    only rank 0 has checkpoints. The gates are the same on each, and with equal micro-batches on any number of them.
     Raises LearningDiverged when the loss is not finite.
     """
     device = next(model.parameters()).device
     model.eval().requires_grad_(False)
     optimiser = Optimiser(recipe, limits.to(device), steps, seed, device, RELAXATIONS[method])
-    fixing = None
+    fixing, stopped = None, None
     settings = f"{method} {recipe} steps={steps} batch_size={batch_size} seed={seed} seq_len={calibration_NT.shape[1]}"
     settings += f" units={[(g.name, g.units) for g in groups]} budget={limits.allowed_C.tolist()} tie={limits.tie}"
     settings += "" if limits.policy.free else f" shape={limits.policy}"
     settings += "".join(f" {b.name}<={b.allowed}/{b.scale}" for b in limits.bounds)
+    settings += "" if teacher_cache is None else f" teacher_top_k={teacher_cache.top_k}"
     guarded = guarded or {}
     settings += "".join(f" guard={guard} {text.about['fingerprint']}" for guard, text in guarded.items())
     multipliers = Multipliers(tuple(guarded), steps)
@@ -175,7 +187,7 @@ def learn(
     looked_at = [text.held_out_NT[: max(1, steps * batch_size // LOOKED_AT)] for text in guarded.values()]
     dense = [loss_of(rows_NT) for rows_NT in looked_at]
     held_out = partial(loss_of, held_out_NT)
-    passes = Passes(model, groups, recipe, teacher, gradient_checkpointing, micro_batch_size, ranks)
+    passes = Passes(model, groups, recipe, teacher, gradient_checkpointing, micro_batch_size, ranks, teacher_cache)
     state = optimiser.state(), fixing, multipliers.state()
     if earlier is None:
         save()  # sensitivity takes as long as many steps
@@ -193,6 +205,7 @@ def learn(
             if not (math.isfinite(found.loss) and torch.isfinite(grad_N).all()):
                 raise LearningDiverged(optimiser.done, optimiser.ranking(), optimiser.values())
             step = optimiser.advance(grad_N, found.loss, found.ce, found.kl, unseen(grad_N, groups))
+            step = replace(step, teacher_rest=found.teacher_rest)
             if guarded:
                 step = replace(step, guard_rises=rises, guard_weights=list(multipliers.weights))
                 multipliers.hear(rises)
@@ -205,7 +218,11 @@ def learn(
                 losses[:] = [step.held_out_deployed]
             elif optimiser.kept_N is not None and not measure_every:
                 losses.append(step.loss)
-            on_step(step)
+            try:
+                on_step(step)
+            except StopLearning:
+                stopped = step.step
+                break
             state = optimiser.state(), fixing, multipliers.state()
             if checkpoints is not None and checkpoints.due(optimiser.done, steps):
                 save()
@@ -218,7 +235,9 @@ def learn(
     if kept_N is None:
         kept_N = optimiser.largest(optimiser.ranking())
     order_N = _order(optimiser, kept_N, groups)
-    return Learned(optimiser.ranking(), optimiser.values(), fixing, kept_N, order_N, optimiser.sensitivity_N)
+    z_N, value_N, sensitivity_N = optimiser.ranking(), optimiser.values(), optimiser.sensitivity_N
+    exactness = passes.exactness(batches[-1], value_N)
+    return Learned(z_N, value_N, fixing, kept_N, order_N, sensitivity_N, stopped, exactness)
 
 
 def _weighed(
@@ -233,11 +252,18 @@ def _order(optimiser: Optimiser, kept_N: torch.Tensor, groups: tuple[Group, ...]
     """What the units rank by for other sizes, above 1 where kept; None where z says it (Relaxation.score)."""
     if optimiser.relaxation.score is None:
         return None
+    limits, sublayers = optimiser.limits, optimiser.limits.sublayers
+    kept = kept_N.cpu().float()
     if optimiser.sensitivity_N is None:
-        return positions(optimiser.last_open_N, optimiser.z_N) + kept_N.cpu().float()
-    _, cost_N = _weighed(optimiser.sensitivity_N, groups, optimiser.recipe)
-    cost_N = cost_N * torch.where(kept_N, optimiser.values().square(), 1.0)  # closed ones would open whole
-    return positions(cost_N / optimiser.limits.share_N, optimiser.z_N) + kept_N.cpu().float()
+        order_N = positions(optimiser.last_open_N, optimiser.z_N) + kept
+    else:
+        _, cost_N = _weighed(optimiser.sensitivity_N, groups, optimiser.recipe)
+        now_N = cost_N * torch.where(kept_N, limits.times(optimiser.values()).square(), 1.0)  # closed: would open whole
+        if sublayers is not None:
+            now_N = sublayers.rescaled(cost_N, now_N)
+        worth_N = limits.per_share(now_N)
+        order_N = positions(worth_N if sublayers is None else sublayers.ranks(worth_N), optimiser.z_N) + kept
+    return order_N if sublayers is None else sublayers.to(order_N.device).highest(order_N)
 
 
 def unseen(grad_N: torch.Tensor, groups: tuple[Group, ...]) -> torch.Tensor | None:

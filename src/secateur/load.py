@@ -5,14 +5,14 @@ Only safetensors and GGUF weights are read, never pickles; code from a checkpoin
 
 import hashlib
 import textwrap
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,10 +23,12 @@ from transformers import (
 )
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from secateur.config import IN_MEMORY
+from secateur.depth import with_depth
 from secateur.describe import Description, check_causal, check_unquantised, describe
 from secateur.families import build, config_class, model_class
 from secateur.files import InputError, read_json
-from secateur.selection import AttentionUnit
+from secateur.selection import AttentionUnit, Depth
 
 SAMPLED = 256
 """Values of each weight that `weights_fingerprint` looks at."""
@@ -43,40 +45,93 @@ class Loaded:
     """dtype that the checkpoint's weights are kept in, which the export keeps."""
 
 
+@dataclass(frozen=True)
+class Described:
+    """What is known of a model before any weight is read."""
+
+    model: PreTrainedModel
+    """On the meta device."""
+    description: Description
+    config: PreTrainedConfig
+
+    @property
+    def checkpoint_dtype(self) -> torch.dtype:
+        """dtype that the checkpoint's weights are kept in, as its configuration says."""
+        dtype = self.config.dtype
+        return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
 def load(
     name: str,
     device: str,
     dtype: str,
     trust_remote_code: bool,
     offload: Path | None = None,
-    units: Collection[str] | None = None,
-    attention_unit: AttentionUnit | None = None,
-    keep: Collection[str] = (),
+    described: Described | None = None,
+    layers_on: str | None = None,
     spread: bool = False,
 ) -> Loaded:
     """Loads a causal LM and its tokenizer, in eval mode and without gradients. Raises InputError with one line.
 
     With a folder to `offload` to, weights stay on disk, where accelerate reads each one when it is needed
-    (`weight_of`). `units` are the kinds to prune (Description.only), None: all that there are; `attention_unit` says
-    what those of attention are, `keep` which layers stay whole (Description.keeping). `spread`: the model stays on the
-    CPU, in the dtype of the device, over several of which it is to be spread (sharding.py).
+    (`weight_of`): in the model's own files, or in this folder where transformers converts them. `described` is what is
+    known of the model already (`describe_selected`). With `layers_on` "cpu" or "disk" only the decoder layers lie there
+    (`--offload`), and come to the device one linear map after the other, whenever they are used. `spread`: the model
+    stays on the CPU, in the dtype of the device, over several of which it is to be spread (sharding.py).
     """
     where = _source(name)
-    description, config = describe_pretrained(name, trust_remote_code, attention_unit)  # before any weight is read
-    description = description if units is None else description.only(units)
-    description.check_attention(attention_unit)
-    description = description.keeping(keep)
-    target = pick_device(device)
-    own_dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    wanted = own_dtype if target.type != "cpu" or offload else torch.float32
-    on_disk = {} if offload is None else {"device_map": {"": "disk"}, "offload_folder": str(offload)}
-    model = read_model(name, config, wanted if dtype == "auto" else getattr(torch, dtype), trust_remote_code, **on_disk)
+    described = described or describe_selected(name, trust_remote_code)  # before any weight is read
+    config, target = described.config, pick_device(device)
+    in_memory = learning_dtype(described, target, dtype)
+    if layers_on == "cpu" and target.type == "cpu":
+        raise InputError("--offload cpu is for accelerators, and this run learns on the CPU; say --offload disk")
+    wanted = in_memory if offload is None or layers_on else described.checkpoint_dtype
+    places = _places(described, str(target), layers_on) if layers_on else {"": "disk"}
+    placed = {} if offload is None else {"device_map": places, "offload_folder": str(offload)}
+    model = read_model(name, config, wanted, trust_remote_code, **placed)
     tokenizer = _one_line(
         lambda: AutoTokenizer.from_pretrained(**where, trust_remote_code=trust_remote_code),
         f"cannot load the tokenizer of {name}",
     )
     model = model.eval().requires_grad_(False)
-    return Loaded(model if offload or spread else model.to(target), tokenizer, description, own_dtype)
+    if offload is None:
+        model = model if spread else model.to(target)
+    else:  # buffers are in memory all the same, and are exported as they are there
+        for buffer in (b for b in model.buffers() if b.dtype == wanted):
+            buffer.data = buffer.data.to(in_memory)
+    return Loaded(model, tokenizer, described.description, described.checkpoint_dtype)
+
+
+def _places(described: Described, device: str, layers_on: str) -> dict[str, str]:
+    """Where each module is to lie when the decoder layers lie elsewhere: all others are named, as accelerate wants."""
+    layers = described.description.layers
+    others = [
+        n for n, m in described.model.named_modules() if not list(m.children()) and not n.startswith(f"{layers}.")
+    ]
+    return {**dict.fromkeys(others, device), layers: layers_on}
+
+
+def learning_dtype(described: Described, device: torch.device, dtype: str) -> torch.dtype:
+    """The dtype of weights while learning (`--dtype`)."""
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    return described.checkpoint_dtype if device.type != "cpu" else torch.float32
+
+
+def selected(
+    model: PreTrainedModel,
+    units: Collection[str] | None,
+    attention_unit: AttentionUnit | None,
+    keep: Collection[str],
+    depth: Depth,
+) -> Description:
+    """What a run prunes of a model: `units` are the kinds to prune (Description.only), None: all that there are;
+    `attention_unit` says what those of attention are, `keep` which layers stay whole (Description.keeping), `depth`
+    whether sublayers have gates of their own (depth.py)."""
+    description = describe(model, attention_unit)
+    description = description if units is None else description.only(units)
+    description.check_attention(attention_unit)
+    return with_depth(description.keeping(keep), model, depth)
 
 
 def read_model(
@@ -116,15 +171,20 @@ def weight_of(model: torch.nn.Module, name: str) -> torch.Tensor:
         return parameter
     module, _, own = name.rpartition(".")
     offloaded: Any = model.get_submodule(module)
-    value: torch.Tensor = offloaded._hf_hook.weights_map[own]
+    weights = offloaded._hf_hook.weights_map
+    where = weights.dataset.index.get(weights.prefix + own)
+    if where is None:  # offloaded to memory
+        return weights[own]
+    with safe_open(where["safetensors_file"], framework="pt") as file:  # in the file's own dtype, cast only once
+        value: torch.Tensor = file.get_tensor(where["weight_name"])
     return value
 
 
-def weights_fingerprint(model: torch.nn.Module) -> str:
-    """Hash of a sample of each weight, by which gates know the model they were learned on; the same in any dtype from
-    bfloat16 up, on disk or not."""
+def weights_fingerprint(model: torch.nn.Module, names: Iterable[str]) -> str:
+    """Hash of a sample of each of these weights, by which gates know the model they were learned on; the same in any
+    dtype from bfloat16 up, on disk or not."""
     digest = hashlib.sha256()
-    for name, _ in model.named_parameters():
+    for name in names:
         flat = weight_of(model, name).flatten()
         index = torch.linspace(0, len(flat) - 1, min(SAMPLED, len(flat)), dtype=torch.float64).long()
         values = flat[index.to(flat.device)].to("cpu", torch.bfloat16).view(torch.int16)
@@ -135,14 +195,33 @@ def weights_fingerprint(model: torch.nn.Module) -> str:
 def describe_pretrained(
     name: str, trust_remote_code: bool = False, attention_unit: AttentionUnit | None = None
 ) -> tuple[Description, PreTrainedConfig]:
-    """What can be pruned in a model, from its configuration alone: it is built on the meta device, without weights."""
+    """What can be pruned in a model, from its configuration alone."""
+    found = _described(name, trust_remote_code)
+    return describe(found.model, attention_unit), found.config
+
+
+def describe_selected(
+    name: str,
+    trust_remote_code: bool = False,
+    units: Collection[str] | None = None,
+    attention_unit: AttentionUnit | None = None,
+    keep: Collection[str] = (),
+    depth: Depth = "off",
+) -> Described:
+    """The same with what a run prunes alone (`selected`)."""
+    found = _described(name, trust_remote_code)
+    return replace(found, description=selected(found.model, units, attention_unit, keep, depth))
+
+
+def _described(name: str, trust_remote_code: bool) -> Described:
+    """Builds the model on the meta device, without weights."""
     config = load_config_of(name, trust_remote_code)
     with torch.device("meta"):
-        skeleton = _one_line(
+        skeleton: PreTrainedModel = _one_line(
             lambda: build(config, trust_remote_code),
             f"cannot build {name} from its configuration",
         )
-    return describe(skeleton, attention_unit), config
+    return Described(skeleton, describe(skeleton), config)
 
 
 def load_config_of(name: str, trust_remote_code: bool) -> PreTrainedConfig:
@@ -188,6 +267,12 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 def _source(name: str) -> dict[str, str]:
     """Arguments of `from_pretrained` for a folder, a hub id or a GGUF file."""
+    if name.startswith(IN_MEMORY):
+        raise InputError(
+            f"this run pruned a model {name}, which is gone: save that model and its tokenizer (save_pretrained) and "
+            "name their folder as `model:` in the run's config.yaml, or go on in Python by secateur.resume(RUN, model, "
+            "tokenizer)"
+        )
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from secateur import __version__
-from secateur.budget import Budget, largest_that_fits, make_budget, ranked
+from secateur.budget import Budget, largest_that_fits, make_budget
 from secateur.config import Config, Scope
 from secateur.costs import Bound, bounds_of
 from secateur.export import buffers
@@ -23,7 +23,7 @@ from secateur.importance import ONE_SHOT
 from secateur.learn import LearningDiverged, Start, learn
 from secateur.load import autocast, load, pick_device
 from secateur.optimise import BARELY_OPEN, Step
-from secateur.order import kept_for
+from secateur.order import kept_for, ranked
 from secateur.policy import policy_of
 from secateur.ranks import Ranks, here
 from secateur.recipes import Recipe, tie_of
@@ -31,13 +31,14 @@ from secateur.run import recorded, versions
 from secateur.session import Session
 from secateur.sharding import sharded
 from secateur.speed import lowered, memory_kept
+from secateur.teacher import TeacherCache
 from secateur.wanted import TIMES, read_budgets
 
 
 def budget_of(session: Session, shape: str | None = None, scope: Scope | None = None) -> Budget:
     """What the gates of a run are held to, for its own shape and scope or others. Raises InputError where shape and
     sparsity or budgets are not possible."""
-    c, description = session.config, session.loaded.description
+    c, description = session.config, session.description
     shape, scope = shape or c.shape, scope or c.per
     assert scope is not None
     description.check_shape(shape)
@@ -54,15 +55,16 @@ def budget_of(session: Session, shape: str | None = None, scope: Scope | None = 
 def asked_of(session: Session, by_kind: bool = False) -> tuple[Bound, ...]:
     """The budgets of a run, exactly; none where there is a sparsity alone. `by_kind`: that of units, by kind, is of
     those that `--keep` leaves."""
-    c, loaded = session.config, session.loaded
+    c, description = session.config, session.description
     if not c.budget:
         return ()
+    loaded = session.loaded if session.in_memory else session.described
     buffer_bytes = sum(tensor.numel() * tensor.element_size() for _, tensor in buffers(loaded.model))
     words = list(c.budget)
     if c.sparsity is not None:
-        sparsity = loaded.description.sparsity_of_rest(c.sparsity) if by_kind else c.sparsity
+        sparsity = description.sparsity_of_rest(c.sparsity) if by_kind else c.sparsity
         words.insert(0, f"units={1.0 - sparsity:.12f}".rstrip("0"))
-    size, description, found = loaded.checkpoint_dtype.itemsize, loaded.description, []
+    size, found = loaded.checkpoint_dtype.itemsize, []
     for wanted in read_budgets(words):
         if wanted.kind in TIMES:
             found.append(session.latency.bound(description, wanted))
@@ -97,6 +99,7 @@ def about_gates(session: Session) -> dict[str, Any]:
         **({"budget": list(c.budget)} if c.budget else {}),
         "per": c.per,
         "shape": c.shape,
+        **({} if c.depth == "off" else {"depth": c.depth}),
         "data": session.blocks.about,
         **({"guard": list(c.guard)} if c.guard else {}),
         "steps": 0 if c.method in ONE_SHOT else c.steps,
@@ -104,7 +107,7 @@ def about_gates(session: Session) -> dict[str, Any]:
         "recipe": asdict(c.learning),
         "fixing": None,
         "versions": versions(),
-        "experts": {group.name: group.experts for group in session.loaded.description.groups if group.experts},
+        "experts": {group.name: group.experts for group in session.description.groups if group.experts},
     }
 
 
@@ -191,6 +194,7 @@ def learned_gates(session: Session, limits: Budget, about: dict[str, Any], part:
         "gradient_checkpointing": c.gradient_checkpointing,
         "guarded": {guard: text.after(begun) for guard, text in session.guards.items()},
         "start": part.start,
+        "teacher_cache": _teacher_cache(session),
         "micro_batch_size": c.rows_a_pass(ranks.count),
     })  # fmt: skip
     loaded.model.requires_grad_(False)
@@ -209,12 +213,35 @@ def learned_gates(session: Session, limits: Budget, about: dict[str, Any], part:
             save_gates(last_good, _gates(error.z_N, error.value_N, groups, about | {"steps": error.step}))
             raise InputError(f"{error} ({last_good})") from None
     ranks.leave()
+    if (found := learned.exactness) is not None:
+        about |= {"teacher": {"top_k": c.teacher_top_k, **found._asdict()}}
+        session.progress.told(
+            f"teacher cut down to {c.teacher_top_k} words: {found.rest:.2%} of its mass is outside of them; KL on the "
+            f"last batch {found.kl:.4f}, by all words {found.exact_kl:.4f}"
+        )
     fixing = None if learned.fixing is None else asdict(learned.fixing)
+    if learned.stopped is not None:
+        left_out = part.steps - learned.stopped
+        tokens = about["tokens"] - left_out * c.batch_size * c.seq_len
+        about |= {"stopped": part.first + learned.stopped, "steps": about["steps"] - left_out, "tokens": tokens}
     z_N = learned.z_N
     if not whole:  # what goes on from these has to know what is kept
         z_N = torch.where(learned.kept_N, z_N.clamp(min=BARELY_OPEN), z_N.clamp(max=0.0))
     gates = _gates(z_N, learned.value_N, groups, about | {"fixing": fixing})
     return replace(gates, order_N=learned.order_N, sensitivity_N=learned.sensitivity_N)
+
+
+def _teacher_cache(session: Session) -> TeacherCache | None:
+    """Where the teacher's distributions are kept, with `--teacher cache`."""
+    c = session.config
+    if c.teacher != "cache":
+        return None
+    assert c.learning is not None
+    precision = (
+        "bfloat16 products" if session.autocast()._enabled else str(next(session.loaded.model.parameters()).dtype)
+    )
+    about = {"weights": session.weights, "precision": precision.removeprefix("torch.")}
+    return TeacherCache(session.run.teacher, about, c.teacher_top_k, c.learning.kd_temperature)
 
 
 def learn_along(ranks: Ranks) -> None:

@@ -6,6 +6,8 @@ Shape suffixes: N units of the whole model, C constraints, B batch, T positions,
 D hidden states, or V where they are logits.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
@@ -116,10 +118,7 @@ def distillation_loss(
     """
     student_head = student_head or given(student_BTD.shape[-1])
     read_teacher = (teacher_head or given(teacher_BTD.shape[-1])).logits
-    teacher_RD, labels_R = teacher_BTD.flatten(0, 1), ids_BT.roll(-1, dims=1).flatten()
-    counted_BT = torch.ones(ids_BT.shape, device=ids_BT.device)
-    counted_BT[:, -1] = 0.0  # nothing follows the last token
-    weight_R = counted_BT.flatten() / counted_BT.sum()
+    teacher_RD, (labels_R, weight_R) = teacher_BTD.flatten(0, 1), _labels(ids_BT)
 
     def work(student_RV: torch.Tensor, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.no_grad():
@@ -127,4 +126,87 @@ def distillation_loss(
         return distillation(student_RV, teacher_RV, labels_R[part], weight_R[part], kd_weight, temperature)
 
     loss, ce, kl = in_chunks(student_BTD.flatten(0, 1), student_head, work)
+    return loss, ce.detach(), kl.detach()
+
+
+def _labels(ids_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The word that follows each position, and what its loss weighs: nothing follows the last one of a row."""
+    counted_BT = torch.ones(ids_BT.shape, device=ids_BT.device)
+    counted_BT[:, -1] = 0.0
+    return ids_BT.roll(-1, dims=1).flatten(), counted_BT.flatten() / counted_BT.sum()
+
+
+class KeptWords(NamedTuple):
+    """A teacher's distributions at temperature τ, cut down to their likeliest words (teacher.py)."""
+
+    index_RK: torch.Tensor
+    """These words, int32."""
+    log_q_RK: torch.Tensor
+    """Logarithms of their probabilities."""
+    rest_R: torch.Tensor
+    """That of the mass of all others; −inf where there are none."""
+    label_R: torch.Tensor
+    """That of the word that follows, at a temperature of 1."""
+
+    def mean(self, values_R: torch.Tensor, ids_BT: torch.Tensor) -> float:
+        """The mean of something over predicted positions."""
+        return float(values_R @ _labels(ids_BT)[1])
+
+
+def kept_distillation(
+    student_RV: torch.Tensor,
+    teacher: KeptWords,
+    labels_R: torch.Tensor,
+    weight_R: torch.Tensor,
+    kd_weight: float,
+    temperature: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`distillation` by a teacher's likeliest words, all others counting as one.
+
+    KL = Σ_K q (log q − log p) + q_rest (log q_rest − log p_rest), which merging words can only lower. Its gradient by
+    the student's logits, times τ, is p − q for words of K, and p (1 − q_rest / p_rest) for the others.
+    """
+    grad_RV = torch.empty_like(student_RV)
+    ce = torch.zeros((), device=student_RV.device)
+    kl = torch.zeros_like(ce)
+    chunk = CHUNK_BYTES["cpu" if student_RV.device.type == "cpu" else "other"]
+    rows = max(1, chunk // (4 * student_RV.shape[1]))
+    for start in range(0, len(labels_R), rows):
+        part = slice(start, start + rows)
+        student, labels_R1, weight_R1 = student_RV[part].float(), labels_R[part, None], weight_R[part, None]
+        log_p = F.log_softmax(student, dim=-1)
+        ce -= (log_p.gather(1, labels_R1) * weight_R1).sum()
+        grad = log_p.exp()
+        if kd_weight:
+            index, log_q, rest = teacher.index_RK[part].long(), teacher.log_q_RK[part], teacher.rest_R[part]
+            log_pt = F.log_softmax(student / temperature, dim=-1)
+            log_pk, q, q_rest = log_pt.gather(1, index), log_q.exp(), rest.exp()
+            p_rest = log_pt.scatter(1, index, -torch.inf).logsumexp(-1)
+            apart = torch.where(rest.isfinite(), q_rest * (rest - p_rest), 0.0)
+            kl += temperature**2 * torch.dot((q * (log_q - log_pk)).sum(-1) + apart, weight_R1[:, 0])
+            scale = torch.where(rest.isfinite(), 1.0 - (rest - p_rest).exp(), 1.0)
+            by_kl = (log_pt.exp() * scale[:, None]).scatter_(1, index, log_pk.exp() - q)
+            grad.add_(by_kl, alpha=kd_weight * temperature)
+        grad.scatter_add_(1, labels_R1, grad.new_full(labels_R1.shape, -1.0))
+        grad_RV[part] = grad.mul_(weight_R1)
+    return torch.stack([ce + kd_weight * kl, ce, kl]), grad_RV
+
+
+def kept_distillation_loss(
+    student_BTD: torch.Tensor,
+    teacher: KeptWords,
+    ids_BT: torch.Tensor,
+    kd_weight: float,
+    temperature: float,
+    student_head: Head | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`distillation_loss` by a teacher's likeliest words, which were found at this temperature."""
+    labels_R, weight_R = _labels(ids_BT)
+
+    def work(student_RV: torch.Tensor, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        words = KeptWords(*(tensor[part] for tensor in teacher))
+        return kept_distillation(student_RV, words, labels_R[part], weight_R[part], kd_weight, temperature)
+
+    head = student_head or given(student_BTD.shape[-1])
+    loss, ce, kl = in_chunks(student_BTD.flatten(0, 1), head, work)
     return loss, ce.detach(), kl.detach()

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
-from secateur.budget import Budget, largest_that_fits, ranked
+from secateur.budget import Budget, largest_that_fits
 from secateur.objective import annealed, lagrangian
-from secateur.order import largest_within
+from secateur.order import largest_within, ranked
 from secateur.recipes import Recipe
 from secateur.relaxation import RELAXATIONS, Relaxation
 
@@ -63,6 +63,8 @@ class Step:
     """Of each `--guard` how far its batch's loss was above the unpruned model's, nats a token."""
     guard_weights: list[float] | None = None
     """And what its loss weighed beside the calibration text's."""
+    teacher_rest: float | None = None
+    """With `--teacher cache`, mean mass of the words that are not kept."""
     held_out_trained: float | None = None
     """Loss on held-out text after the step, gates as in training, nats a token; where it was asked for."""
     held_out_deployed: float | None = None
@@ -159,12 +161,15 @@ class Optimiser:
         that of another gate is its square's.
         """
         cost_N = cost_N.to(self.z_N.device)
-        density_N = sensitivity_N.to(self.z_N.device) / self.limits.share_N
+        density_N = sensitivity_N.to(self.z_N.device) / self.limits.behind_N
         relative_N = (density_N / density_N.median()).clamp(min=1e-12)
         self.step_size_N = relative_N.pow(-0.5).clamp(*STEP_SIZE_RANGE)
         if self.within_N is not None:
             cost_N = cost_N * self.z_N.relu().square()
-        inside_N = self.largest(self.limits.per_cost(cost_N))
+        worth_N = self.limits.per_cost(cost_N)
+        inside_N = self.largest(worth_N)
+        if self.limits.sublayers is not None:
+            inside_N = self.limits.sublayers.begun(inside_N, worth_N)
         outside_N = self.z_N.clamp(max=self.recipe.start_outside)
         self.z_N = torch.where(inside_N, self.z_N, outside_N)
         with torch.no_grad():
@@ -181,7 +186,11 @@ class Optimiser:
         """
         mu, rate = self.mu, self._rate()
         kept = score = self.limits.share_of(self.open_N)
-        score_N = self.open_N.float() if self.relaxation.score is None else self.relaxation.score(self.z_N, mu)
+        score_N = (
+            self.open_N.float()
+            if self.relaxation.score is None
+            else self.limits.times(self.relaxation.score(self.z_N, mu))
+        )
         if self.relaxation.score is not None:
             score = self.limits.share_of(score_N)
         budgets = None
@@ -223,13 +232,18 @@ class Optimiser:
         assert self.relaxation.score is not None
         limits = self.limits
         z_M = limits.entries(self.z_N).clone().requires_grad_()
-        score_M = self.relaxation.score(z_M, mu)
-        excess_C = limits.excess(self.relaxation.score(self.z_N, mu))
+        score_M, moving = self.relaxation.score(z_M, mu), [z_M]
+        if limits.sublayers is not None:
+            gate_M = limits.sublayers.gate_N[limits.unit_M]
+            moving.append(self.z_N[gate_M].requires_grad_())
+            score_M = score_M * torch.where(gate_M != limits.unit_M, self.relaxation.score(moving[1], mu), 1.0)
+        excess_C = limits.excess(limits.times(self.relaxation.score(self.z_N, mu)))
         violation_C = limits.mean(score_M) + excess_C - limits.target_C
         undecided_C = limits.mean(score_M * (1.0 - score_M))
         several = len(limits.bounds) > 1  # of which not all need bind
         terms = lagrangian(violation_C, undecided_C, *self.duals, at_most=several)
-        (budget_M, *dual_grads) = torch.autograd.grad(terms, [z_M, *self.duals])
+        grads = torch.autograd.grad(terms, [*moving, *self.duals])
+        pulls, dual_grads = grads[: len(moving)], grads[len(moving) :]
         for dual, dual_grad, group, base in zip(
             self.duals, dual_grads, self.ascent.param_groups, self.recipe.dual_lr, strict=True
         ):
@@ -237,8 +251,10 @@ class Optimiser:
             group["lr"] = base * rate if self.recipe.adam_duals else base
         self.ascent.step()
         if not self.recipe.adam_duals:
-            budget_M = budget_M * self._unit(grad_N)[limits.constraint_M]
-        return limits.gathered(budget_M)
+            unit_M = self._unit(grad_N)[limits.constraint_M]
+            pulls = tuple(pull_M * unit_M for pull_M in pulls)
+        budget_N = limits.gathered(pulls[0])
+        return budget_N if len(pulls) == 1 else budget_N.index_add(0, gate_M, pulls[1])
 
     def _unit(self, grad_N: torch.Tensor) -> torch.Tensor:
         """Running mean of the median |∂L/∂m| a share of budget, shape (C,)."""
@@ -268,7 +284,7 @@ class Optimiser:
 
     def _see_open(self) -> None:
         projecting = self.relaxation.score is None and self.kept_N is None
-        self.open_N = largest_that_fits(self.z_N, self.limits) if projecting else self.z_N > 0
+        self.open_N = largest_that_fits(self.z_N, self.limits) if projecting else self.limits.open(self.z_N > 0)
         """The open units, a mask of shape (N,)."""
 
     def largest(self, rank_N: torch.Tensor) -> torch.Tensor:

@@ -43,6 +43,22 @@ class Inspect:
 
 
 @dataclass
+class Estimate(Config):
+    """Estimate what `prune` would take with these settings: memory by part, tokens a second, hours. Downloads nothing
+    but the configuration. Without `--sparsity` half of the units go. Exit code 2 where it would not fit.
+
+    Example: secateur estimate Qwen/Qwen3-8B --hardware A100-80GB --batch-size 16
+    """
+
+    hardware: str = "present"
+    """`present`: this machine, measured; or A100-40GB, A100-80GB, H100, H200, B200, L4, L40S, RTX-3090, RTX-4090,
+    MI300X, by their data sheets."""
+
+    def __post_init__(self) -> None:
+        """Leaves it to `estimate`, as `Prune` does."""
+
+
+@dataclass
 class Learn:
     """Learn the gates of a run again, from its settings and data: gates.safetensors, metrics.jsonl.
 
@@ -67,6 +83,9 @@ class Plan:
     """The same by `--budget`, as for `prune`."""
     shape: AnyShape = None
     """Widths of the export, as for `prune` (default: the run's); says what they cost beside ragged ones."""
+    low_memory: bool = False
+    """Do not load the model, as ever where it does not fit in memory: the losses are not measured, and units that open
+    again by rounding to the budget are whole."""
     compare: bool = False
     """Say what each usual shape, and `--shape`, would cost in loss and save in bytes and FLOPs, and write nothing."""
 
@@ -90,8 +109,9 @@ class Export:
     shape: AnyShape = None
     """Widths of the export, as for `prune` (default: the plan's)."""
     low_memory: bool = False
-    """Leave the dense weights on disk and cut one after the other: for models larger than memory. Takes a second copy
-    of them in the run folder meanwhile. Memory: a few times the largest weight, and a shard (`--max-shard-size`)."""
+    """Leave the dense weights on disk and cut one after the other, as ever where they do not fit in memory. Memory: a
+    few times the largest weight. Dense models are always exported so; of mixtures, whose experts are stored otherwise
+    than they are used, it takes a second copy in the run folder meanwhile."""
     format: Literal["hf", "gguf"] = "hf"
     """`hf`: the checkpoint itself; `gguf`: what is there, else made, in one file, RUN/model-TYPE.gguf."""
     gguf_type: Literal["f32", "f16", "q8_0"] = "f16"
@@ -175,6 +195,27 @@ class Eval:
     """Zero-shot tasks: names of lm-eval's tasks, or files of items (.jsonl; .gz, .zst) (default: the run's)."""
     task_limit: int | None = None
     """Items a task, a random sample by the run's seed (default: the run's, else all)."""
+
+
+@dataclass
+class Push:
+    """Upload a finished run to the Hugging Face Hub: checkpoint, card with figures, gates, plan, settings.
+
+    Example: secateur push RUN --repo me/smol-pruned --private
+    """
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    repo: str
+    """Repository, OWNER/NAME; it is made if it is not there."""
+    private: bool = False
+    """Make it a private one."""
+    revision: str | None = None
+    """Branch to push to, made if it is not there (default: main)."""
+    with_report: bool = False
+    """Send report.html, too."""
+    dry_run: bool = False
+    """List the files and their sizes, and send nothing."""
 
 
 @dataclass

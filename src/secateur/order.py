@@ -27,6 +27,18 @@ def positions(*keys_N: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(places_N).index_copy(0, order_N, places_N).float()
 
 
+def ranked(score_N: torch.Tensor, kept_N: torch.Tensor) -> torch.Tensor:
+    """Gates z that rank as the scores do, above 0 where kept and at most 0 elsewhere, shape (N,).
+
+    Ranks, not differences to a threshold: scores span many orders of magnitude, and a plan for another sparsity needs
+    the order of the removed units as well.
+    """
+    rank_N = torch.empty_like(score_N, dtype=torch.float32)
+    order_N = score_N.argsort(descending=True, stable=True)
+    rank_N[order_N] = torch.arange(len(score_N), 0, -1, device=score_N.device) / len(score_N)
+    return torch.where(kept_N, rank_N, rank_N - 1.0)
+
+
 def largest_within(rank_N: torch.Tensor, limits: Budget, within_N: torch.Tensor) -> torch.Tensor:
     """The kept set by falling rank that lies in another, a mask of shape (N,)."""
     below = min(float(rank_N.min()), 0.0) - 1.0

@@ -17,9 +17,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from secateur.attach import attached
 from secateur.files import InputError
 from secateur.gates import by_group
-from secateur.objective import distillation_loss
+from secateur.objective import KeptWords, distillation_loss, kept_distillation_loss
 from secateur.ranks import ALONE, Ranks
 from secateur.recipes import Recipe
+from secateur.teacher import Exactness, TeacherCache
 from secateur.units import Group
 from secateur.vocabulary import Vocabulary
 
@@ -36,6 +37,8 @@ class Found:
     """Of the loss, by z."""
     dense_ce: float | None
     """L_ce of the unpruned model, where it was asked for."""
+    teacher_rest: float | None = None
+    """Of a teacher that is kept on disk, the mean mass of the words that are left out."""
 
 
 class Passes:
@@ -50,10 +53,12 @@ class Passes:
         gradient_checkpointing: bool = False,
         rows: int | None = None,
         ranks: Ranks = ALONE,
+        cache: TeacherCache | None = None,
     ) -> None:
         """`rows`: how many of a batch go through the model at once, by default all of them."""
         self.model, self.groups, self.recipe = model, groups, recipe
         self.gradient_checkpointing, self.rows, self.ranks = gradient_checkpointing, rows, ranks
+        self.cache = cache
         self.student = Vocabulary(model)
         self.teacher = self.student if teacher is None else Vocabulary(teacher)
 
@@ -71,15 +76,18 @@ class Passes:
         parts = ids_BT.split(self.rows or len(ids_BT))
         found = self.ranks.in_turn(parts, lambda part_BT: self._pass(part_BT, z_N, gates_of, dense))
         mean_F = reduce(torch.Tensor.add_, found) / len(parts)
-        loss, ce, kl, dense_ce = mean_F[-4:].tolist()
-        return Found(loss, ce, kl, mean_F[:-4], dense_ce if dense else None)
+        loss, ce, kl, dense_ce, rest = mean_F[-5:].tolist()
+        return Found(loss, ce, kl, mean_F[:-5], dense_ce if dense else None, None if self.cache is None else rest)
 
     def _pass(
         self, ids_BT: torch.Tensor, z_N: torch.Tensor, gates_of: Callable[[torch.Tensor], torch.Tensor], dense: bool
     ) -> torch.Tensor:
-        """The gradient, shape (N,), and four losses in a row: all, L_ce, L_kl, the unpruned model's L_ce or 0."""
+        """The gradient, shape (N,), four losses in a row: all, L_ce, L_kl, the unpruned model's L_ce or 0; and the mass
+        that a teacher on disk leaves out, or 0."""
         z_N, recipe = z_N.clone().requires_grad_(), self.recipe
         gate_N, ids_BT = gates_of(z_N), ids_BT.to(z_N.device)
+        if self.cache is not None:
+            return self._over_kept(self.cache.of(ids_BT, self.teacher), ids_BT, z_N, gate_N)
         student, teacher = self.student, self.teacher
         with torch.no_grad():
             teacher_BTD = teacher.hidden(ids_BT)
@@ -94,7 +102,34 @@ class Passes:
         dense_ce = torch.zeros_like(ce)
         if dense:
             dense_ce = distillation_loss(teacher_BTD, teacher_BTD, ids_BT, 0.0, 1.0, teacher.head, teacher.head)[1]
-        return torch.cat([grad_N, torch.stack([loss.detach(), ce, kl, dense_ce])])
+        return torch.cat([grad_N, torch.stack([loss.detach(), ce, kl, dense_ce, torch.zeros_like(ce)])])
+
+    def _over_kept(
+        self, words: KeptWords, ids_BT: torch.Tensor, z_N: torch.Tensor, gate_N: torch.Tensor
+    ) -> torch.Tensor:
+        """The same by a teacher's distributions that are kept on disk."""
+        kd_weight, temperature = self.recipe.kd_weight, self.recipe.kd_temperature
+        with attached(self.model, self.groups, by_group(gate_N, self.groups)):
+            with recomputing(self.model, self.gradient_checkpointing):
+                student_BTD = self.student.hidden(ids_BT)
+            loss, ce, kl = kept_distillation_loss(student_BTD, words, ids_BT, kd_weight, temperature, self.student.head)
+            (grad_N,) = torch.autograd.grad(loss, z_N)
+        dense_ce, rest = (loss.new_tensor(words.mean(of, ids_BT)) for of in (-words.label_R, words.rest_R.exp()))
+        return torch.cat([grad_N, torch.stack([loss.detach(), ce, kl, dense_ce, rest])])
+
+    @torch.no_grad()
+    def exactness(self, ids_BT: torch.Tensor, gate_N: torch.Tensor) -> Exactness | None:
+        """What the words that are not kept cost on some rows, with these gates; None where the teacher is asked."""
+        if self.cache is None:
+            return None
+        ids_BT, temperature = ids_BT[: self.rows].to(gate_N.device), self.recipe.kd_temperature
+        words, teacher_BTD = self.cache.of(ids_BT, self.teacher), self.teacher.hidden(ids_BT)
+        with attached(self.model, self.groups, by_group(gate_N, self.groups)):
+            student_BTD = self.student.hidden(ids_BT)
+            kl = kept_distillation_loss(student_BTD, words, ids_BT, 1.0, temperature, self.student.head)[2]
+            heads = self.student.head, self.teacher.head
+            exact = distillation_loss(student_BTD, teacher_BTD, ids_BT, 1.0, temperature, *heads)[2]
+        return Exactness(words.mean(words.rest_R.exp(), ids_BT), kl.item(), exact.item())
 
 
 @contextmanager

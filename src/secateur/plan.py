@@ -50,7 +50,12 @@ class Plan:
         """Gate values as the units are stored: shape (kept,), or (experts, width), 0 where a channel only fills up."""
         if group.keys:  # the gate of a KV head multiplies what its query heads give, too
             keys_K = torch.zeros(group.kv_heads).index_copy(0, self.kept[group.keys], self.scales[group.keys])
-            return self.scales[group.name] * keys_K[self.kept[group.name] // group.width]
+            scales = self.scales[group.name] * keys_K[self.kept[group.name] // group.width]
+            return scales * self.scales[group.depth] if group.depth and not group.after else scales
+        if group.is_sublayer and group.after:
+            return torch.ones(len(self.kept[group.name]))
+        if group.depth and not group.after:
+            return self.scales[group.name] * self.scales[group.depth]
         if not group.experts:
             return self.scales[group.name]
         pack, gate_N = self.pack(group), self.gates([group])[group.name]
@@ -104,17 +109,20 @@ class Rounding:
     reopened: int
     """Units with a closed gate for which there was room."""
     reopened_scale: float
-    """Gate value that reopened units got: whichever of 1 and 0 has the lower held-out loss."""
-    held_out_learned: float
-    """Loss on held-out text with the gates as learned, nats a token."""
-    held_out_planned: float
+    """Gate value that reopened units got: whichever of 1 and 0 has the lower held-out loss; 1 where that was not
+    measured."""
+    held_out_learned: float | None
+    """Loss on held-out text with the gates as learned, nats a token; None where the model was not loaded."""
+    held_out_planned: float | None
     """The same with the plan."""
     budgets: tuple[dict[str, Any], ...] = ()
     """Of each `--budget` its words, what it bounds, the bound, and what the unpruned and the planned model have."""
 
     @property
-    def cost(self) -> float:
+    def cost(self) -> float | None:
         """Rise of the held-out loss through rounding: the train–test mismatch, nats a token."""
+        if self.held_out_planned is None or self.held_out_learned is None:
+            return None
         return self.held_out_planned - self.held_out_learned
 
 
@@ -122,24 +130,28 @@ def make_plan(
     gates: Gates,
     limits: Budget,
     shape: str,
-    held_out_loss: Callable[[Mapping[str, torch.Tensor]], float],
+    held_out_loss: Callable[[Mapping[str, torch.Tensor]], float] | None,
     kept_N: torch.Tensor | None = None,
 ) -> tuple[Plan, Rounding]:
-    """The plan and what rounding did. `held_out_loss` maps gate values by group to a loss in nats a token; `kept_N` is
-    the kept set, None: the largest that fits, by z."""
+    """The plan and what rounding did. `held_out_loss` maps gate values by group to a loss in nats a token, None: it is
+    not measured, and what opens again is whole; `kept_N` is the kept set, None: the largest that fits, by z."""
     z_N, value_N = gates.z_N.cpu(), gates.deployed().cpu()
-    open_N = z_N > 0
+    open_N = limits.open(z_N > 0)
     kept_N = largest_that_fits(z_N, limits) if kept_N is None else kept_N
     reopened_N = kept_N & ~open_N
-    learned = held_out_loss(by_group(value_N, gates.groups))
+
+    def loss(gate_N: torch.Tensor) -> float | None:
+        return None if held_out_loss is None else held_out_loss(by_group(gate_N, gates.groups))
+
+    learned = loss(value_N)
     scale_N, scale, planned = value_N * kept_N, 0.0, learned
     if not torch.equal(kept_N, open_N):
-        planned = held_out_loss(by_group(scale_N, gates.groups))
+        planned = loss(scale_N)
     if reopened_N.any():
         whole_N = scale_N + reopened_N
-        loss = held_out_loss(by_group(whole_N, gates.groups))
-        if loss < planned:
-            scale_N, scale, planned = whole_N, 1.0, loss
+        reopened = loss(whole_N)
+        if reopened is None or planned is None or reopened < planned:
+            scale_N, scale, planned = whole_N, 1.0, reopened
     masks, values = by_group(kept_N, gates.groups), by_group(scale_N, gates.groups)
     kept = {name: mask.nonzero().flatten() for name, mask in masks.items()}
     plan = Plan(kept, {name: values[name][index] for name, index in kept.items()}, shape, gates.means)
@@ -193,6 +205,9 @@ def load_plan(path: Path, groups: Sequence[Group], architecture: str) -> tuple[P
         plan.check_heads(groups)
     except InputError as error:
         raise InputError(f"{path}: {error}; plan again") from None
+    for g in (g for g in groups if g.depth):
+        if len(kept[g.name]) and not len(kept[g.depth]):
+            raise InputError(f"{path}: {g.name} keeps units, and its sublayer {g.depth} is closed; plan again")
     for g, size in zip(groups, plan.sizes(groups).values(), strict=True):
         if size.width and size.width not in permitted(g, plan.policy):
             raise InputError(f"{path}: {g.name} is {size.width} units wide, which {shape} does not permit; plan again")

@@ -36,22 +36,24 @@ HeldOutLoss = Callable[[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor] |
 def plan_for(session: Session, shape: str, held_out_loss: HeldOutLoss | None = None) -> tuple[Plan, Rounding]:
     """The gates of a run, rounded to its budget for a shape. Raises InputError where that is not possible."""
     policy, measure = policy_of(shape), held_out_loss or session.held_out_loss
-    c, description = session.config, session.loaded.description
+    c, description = session.config, session.description
     limits = budget_of(session, shape, "expert" if policy.uniform else c.per)
     gates = load_gates(session.run.gates, description.groups, session.architecture)
     if policy.uniform and gates.means is not None:
         raise InputError(
             f"--method {c.method} adds biases, which --shape {policy} has no place for; use --shape ragged"
         )
-    session.check_weights(gates, session.run.gates)
+    if session.unloadable is None:  # else export looks at the weights
+        session.check_weights(gates, session.run.gates)
     kept_N = kept_for(gates, limits, c.sparsity, c.budget)
-    plan, rounding = make_plan(gates, limits, str(policy), lambda gate: measure(gate, gates.means), kept_N)
+    loss_of = None if session.unloadable else lambda gate: measure(gate, gates.means)
+    plan, rounding = make_plan(gates, limits, str(policy), loss_of, kept_N)
     return plan, replace(rounding, budgets=tuple(held(session, plan)))
 
 
 def held(session: Session, plan: Plan) -> Iterator[dict[str, Any]]:
     """Of each budget what it allows, and what the unpruned model and that of a plan have."""
-    stored = plan.stored(session.loaded.description.groups)
+    stored = plan.stored(session.description.groups)
     for b in asked_of(session):
         found = b.cost(stored)
         assert found <= b.allowed, f"the plan has {found} of {b.name}, which {b.allowed} bounds"
@@ -64,9 +66,12 @@ def held(session: Session, plan: Plan) -> Iterator[dict[str, Any]]:
 
 def said(rounding: Rounding) -> str:
     """What rounding did, in a line, and a line for each budget."""
+    losses = "the held-out loss was not measured, as the model was not loaded"
+    if rounding.held_out_planned is not None:
+        losses = f"held-out loss {rounding.held_out_learned:.4f} → {rounding.held_out_planned:.4f}"
     first = (
         f"{rounding.kept:.2%} of the unit parameters kept ({rounding.allowed:.2%} allowed, {rounding.open_gates:.2%} "
-        f"as learned); held-out loss {rounding.held_out_learned:.4f} → {rounding.held_out_planned:.4f}"
+        f"as learned); {losses}"
     )
     lines = (
         f"budget {b['budget']}: {b['pruned']:,} of at most {b['bound']:,} {b['counts']} ({b['dense']:,} unpruned)"
@@ -112,18 +117,23 @@ class ShapeCost:
 
 
 def cost_of(session: Session, plan: Plan, rounding: Rounding) -> ShapeCost:
-    """What a plan costs and saves."""
+    """What a plan costs and saves; its loss is measured now where it was not before."""
     loaded = session.loaded
     groups, size = loaded.description.groups, loaded.checkpoint_dtype.itemsize
     found, stored = figures_of(loaded.description, plan, size), plan.sizes(groups)
     closed = sum(g.experts - stored[g.name].parts for g in groups if g.experts)
-    return ShapeCost(plan.shape, rounding.held_out_planned, found, found.parameters * size, closed, rounding.kept)
+    held_out = rounding.held_out_planned
+    if held_out is None:
+        held_out = session.held_out_loss(plan.gates(groups), plan.means)
+    return ShapeCost(plan.shape, held_out, found, found.parameters * size, closed, rounding.kept)
 
 
 def compare_shapes(session: Session, shape: str | None = None) -> tuple[list[ShapeCost], list[str]]:
     """What each of `SHAPES`, and `shape`, would cost, the dense model first, and why one is not possible. Writes
     nothing."""
     asked = [] if shape is None else [str(policy_of(shape))]
+    if session.unloadable:
+        raise InputError(f"--compare measures losses, but {session.unloadable}; plan one shape at a time")
     loaded = session.loaded
     description, size = loaded.description, loaded.checkpoint_dtype.itemsize
     dense = figures(description, None, size)
@@ -144,8 +154,8 @@ def against_ragged(
     session: Session, plan: Plan, rounding: Rounding, held_out_loss: HeldOutLoss | None = None
 ) -> str | None:
     """What a shape costs and saves beside ragged widths from the same gates and budget, in a line; None where it is
-    ragged, or that has no plan."""
-    if plan.shape == "ragged":
+    ragged, or that has no plan, or no losses were measured."""
+    if plan.shape == "ragged" or session.unloadable:
         return None
     try:
         ragged = cost_of(session, *plan_for(session, "ragged", held_out_loss))

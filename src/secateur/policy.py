@@ -106,12 +106,16 @@ def permitted(group: "Group", policy: Policy) -> tuple[int, ...]:
     (`permitted_pairs`).
     """
     ranks, width = policy.ranks, group.width
+    if group.is_sublayer:  # whole, or gone
+        keys = "num_key_value_heads"
+        divides = all(_keys_divide(w, ranks) if key == keys else w % ranks == 0 for key, w in group.sizes)
+        return (1,) if divides else ()
     if group.keys:
         return tuple(sorted({heads for _, heads in permitted_pairs(group, policy)}))
     if group.attends:
         a_unit = dict(group.sizes).get("num_attention_heads", 0) * (group.kv_heads or 1)
-        keys = (lambda w: w) if group.kind == "kv_groups" else (lambda _: group.kv_heads or ranks)
-        return tuple(w for w in range(1, width + 1) if w * a_unit % ranks == 0 and _keys_divide(keys(w), ranks))
+        keys_of = (lambda w: w) if group.kind == "kv_groups" else (lambda _: group.kv_heads or ranks)
+        return tuple(w for w in range(1, width + 1) if w * a_unit % ranks == 0 and _keys_divide(keys_of(w), ranks))
     step = _step(group, policy)
     whole = (width,) if policy.align == 1 and width % step and width % ranks == 0 else ()
     return (*range(step, width + 1, step), *whole)
@@ -147,7 +151,10 @@ def check_permitted(policy: Policy, groups: Iterable["Group"], others: Iterable[
         remedy = f"take layers.{wrong.layer} out of --keep" if pruned else f"add {kind} to --units"
         reason = f"{wrong.name} stays whole, and {_said(wrong)} do not divide over {policy.ranks} ranks"
         raise InputError(f"--shape {policy}: {reason}; {remedy}, or {instead}")
-    if fits(wrong, replace(policy, align=1)):
+    if wrong.is_sublayer:
+        widths = " and ".join(str(width) for _, width in wrong.sizes)
+        reason = f"{wrong.name} is kept whole or not at all, and {widths} do not divide over {policy.ranks} ranks"
+    elif fits(wrong, replace(policy, align=1)):
         over = f" on each of {policy.ranks} ranks" if policy.ranks > 1 else ""
         reason = f"{wrong.name} has {wrong.width} channels, fewer than {_step(wrong, policy) // policy.ranks}{over}"
     else:

@@ -113,6 +113,10 @@ class Screen(Listener):
             self.task = self.bars.add_task("score", total=of, figures="rows")
         self.bars.advance(self.task, rows)
 
+    def told(self, line: str) -> None:
+        """Something that was found out on the way."""
+        self.bars.console.print(line, markup=False, soft_wrap=True)
+
     def warned(self, warning: str) -> None:
         """Something that is possible, and maybe not meant."""
         self.bars.console.print(f"[yellow]warning:[/yellow] {escape(warning)}", soft_wrap=True)

@@ -30,8 +30,12 @@ from secateur.recipes import ONE_SHOT
 BEAT = 1.0
 """Seconds between two beats of a rank."""
 
-SILENT = 4.0
-"""Seconds without a beat after which a rank is taken to be gone, when something has gone wrong anyway."""
+SILENT = 10.0
+"""Seconds without a beat after which a rank is taken to be gone, when something has gone wrong anyway; one that is well
+may miss some on a machine that has too much to do."""
+
+LAST_WORD = 4.0
+"""Seconds that a rank in which something went wrong leaves rank 0 to say so."""
 
 PATIENCE = 120.0
 """The same when all seems well: a rank may hold on to its interpreter while it loads. SECATEUR_RANK_TIMEOUT sets it."""
@@ -99,7 +103,7 @@ class Ranks:
         self._watch.end(word)
         if not self.first and word != INTERRUPTED:
             # Rank 0 may need what was sent last, or has to say what went wrong before a launcher ends it.
-            self._watch.wait_for_first(GRACE if word == DONE else SILENT)
+            self._watch.wait_for_first(GRACE if word == DONE else LAST_WORD)
         with suppress(RuntimeError):
             dist.destroy_process_group()
         self._watch, self.rank, self.count = None, 0, 1
@@ -108,7 +112,10 @@ class Ranks:
     @property
     def dismissed(self) -> bool:
         """Whether rank 0 has left."""
-        return self._watch is not None and self._watch.word(0) is not None
+        try:
+            return self._watch is None or self._watch.word(0) is not None
+        except RuntimeError:  # with its store
+            return True
 
     def why(self) -> str | None:
         """What happened to another rank, in a line; INTERRUPTED or DONE where that is all; None where all are well."""

@@ -132,6 +132,8 @@ def kept_groups(groups: Sequence[Group], plan: Plan) -> list[Group]:
             experts=sizes[g.name].parts if g.experts else 0,
             kv_heads=0,  # all that are left stay
             keys="",
+            depth="",
+            after="",
             slices=(g.writer_slice,),
         )
         for g in kept

@@ -16,11 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from secateur import __version__
-from secateur.config import Config, load_config, save_config
+from secateur.config import Config, load_config, name_in_memory, save_config
 from secateur.files import InputError, cannot_write, meant, sweep
 from secateur.latency import read_table, write_table
 
-NOT_YET_BEGUN = {"config.yaml", "timings.json", "latency.json"}
+GIVEN_TEXTS = {"data": "texts-given-in-python", "eval_data": "evaluation-texts-given-in-python"}
+"""Setting → name of the file, before its suffix, that holds the texts which Python code gave for it."""
+NOT_YET_BEGUN = {"config.yaml", "timings.json", "latency.json"} | {
+    name + suffix for name in GIVEN_TEXTS.values() for suffix in (".txt", ".jsonl")
+}
 """What a run leaves that failed before it read its data: the corrected command may use the folder again."""
 
 
@@ -49,6 +53,12 @@ class Run:
     def checkpoints(self) -> Path:
         """States of an unfinished learning run; gone when it is done."""
         return self.folder / "checkpoints"
+
+    @property
+    def teacher(self) -> Path:
+        """Distributions of the unpruned model (`--teacher cache`), which the sizes of a run share."""
+        whole = self.folder.parents[1] if self.folder.parent.name == "sizes" else self.folder
+        return whole / "teacher"
 
     @property
     def gates(self) -> Path:
@@ -130,7 +140,7 @@ def new_run(config: Config) -> Run:
     config = config.resolved()
     if config.gates is not None and not config.gates.is_file():
         raise InputError(f"--gates {config.gates} is no file; give the gates.safetensors of a run")
-    folder = config.out or _free_folder(config)
+    folder = config.out or free_folder(config)
     if folder.exists() and (not folder.is_dir() or {meant(path.name) for path in folder.iterdir()} - NOT_YET_BEGUN):
         what = "holds another run" if (folder / "config.yaml").is_file() else "is not empty"
         hint = f", or continue that run with `secateur prune --resume {folder}`" if what == "holds another run" else ""
@@ -206,9 +216,10 @@ def versions() -> dict[str, str]:
     }
 
 
-def _free_folder(config: Config) -> Path:
+def free_folder(config: Config) -> Path:
+    """A new folder under runs/, named after the model and what is asked for."""
     asked = [] if config.sparsity is None else [f"s{config.sparsity:g}"]
     asked += [] if config.sweep is None else [f"sweep-{config.sweep.replace(':', '-')}"]
-    name = "-".join([Path(config.model).stem or "model", *asked, *config.budget])
+    name = "-".join([Path(name_in_memory(config.model)).stem or "model", *asked, *config.budget])
     candidates = (Path("runs") / (name if i == 1 else f"{name}-{i}") for i in itertools.count(1))
     return next(c for c in candidates if not c.exists())

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 Kind = Literal["heads", "channels", "expert_channels", "shared_channels", "attention", "mlp"]
 
+Depth = Literal["off", "joint", "alone"]
+
 SPOKEN: dict[str, tuple[str, ...]] = {
     "attention": ("heads",),
     "mlp": ("channels", "expert_channels", "shared_channels"),
@@ -59,12 +61,37 @@ def _check_sources(c: "Config", scored_once: bool) -> None:
         raise InputError(f"--steps {c.steps} are too few for {len(sizes)} sizes: each wants steps of its own")
 
 
+def _check_depth(c: "Config", scored_once: bool) -> None:
+    """Raises InputError for what contradicts sublayers that go whole."""
+    if c.depth == "off":
+        return
+    policy = policy_of(c.shape)
+    if policy.uniform or c.per in ("layer", "expert"):
+        equal = f"--shape {policy}" if policy.uniform else f"--per {c.per}"
+        raise InputError(
+            f"--depth {c.depth} closes whole sublayers of some layers, and {equal} wants all equally wide; leave one "
+            "of them out"
+        )
+    if c.depth == "alone" and c.attention_unit is not None:
+        raise InputError(
+            f"--depth alone leaves widths whole, so --attention-unit {c.attention_unit} contradicts it; leave it out, "
+            "or use --depth joint"
+        )
+    unit_scores = c.method == "grasprune" or (scored_once and c.method != "sensitivity")
+    if c.method == "flap" or (c.depth == "joint" and unit_scores):
+        other = "deterministic or sensitivity" + (", or --depth alone" if c.method != "flap" else "")
+        raise InputError(
+            f"--method {c.method} has no scores for whole sublayers beside those of their units; use {other}"
+        )
+
+
 def check_selection(c: "Config", scored_once: bool) -> None:
     """Raises InputError for choices that contradict each other, or the shape, budget and method."""
     policy = policy_of(c.shape)
     _check_sources(c, scored_once)
     if c.keep and policy.uniform:
         raise InputError(f"--keep leaves layers wider than others, so --shape {policy} contradicts it")
+    _check_depth(c, scored_once)
     if c.attention_unit is None:
         return
     if c.units and not {"heads", "attention"} & set(c.units):

@@ -28,12 +28,13 @@ ROWS_AT_ONCE = 2
 
 
 class _Probe(torch.autograd.Function):
-    """Identity that adds (Σ_tokens Σ_block x ∂L/∂x)² of every sequence to an accumulator in its backward pass."""
+    """Identity that adds (Σ_tokens Σ_block x ∂L/∂x)² of every sequence to an accumulator in its backward pass; and the
+    same of all blocks together to another one, if there is one."""
 
     @staticmethod
-    def forward(ctx, x, _anchor, total, block):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, _anchor, total, block, whole=None):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x)
-        ctx.total, ctx.block = total, block
+        ctx.total, ctx.block, ctx.whole = total, block, whole
         return x.view_as(x)
 
     @staticmethod
@@ -41,7 +42,9 @@ class _Probe(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         by_unit = (x.float() * grad.float()).unflatten(-1, (-1, ctx.block)).sum((-3, -1))
         ctx.total += by_unit.square().sum(0)
-        return grad, None, None, None
+        if ctx.whole is not None:
+            ctx.whole += by_unit.sum(-1).square().sum()
+        return grad, None, None, None, None
 
 
 def gate_sensitivity(
@@ -64,6 +67,7 @@ def gate_sensitivity(
     generator = torch.Generator(device).manual_seed(seed)
     anchor = torch.zeros((), device=device, requires_grad=True)
     totals = [torch.zeros(g.units, device=device) for g in groups]
+    place = {g.name: number for number, g in enumerate(groups)}
     vocabulary = Vocabulary(model)
     alone = any(g.experts for g in groups)  # experts see tokens without their sequences
     parts = ids_NT.split(1 if alone else min(ROWS_AT_ONCE, rows or ROWS_AT_ONCE))
@@ -75,11 +79,22 @@ def gate_sensitivity(
             if group.experts:
                 experts[group.gate_at] = _probed(group.by_expert(total), anchor)
                 continue
+            if group.is_sublayer and group.after:
+                norm = model.get_submodule(group.after)
+
+                def probe_behind(_module, _args, output, total=total):  # type: ignore[no-untyped-def]
+                    return _Probe.apply(output, anchor, total, output.shape[-1])
+
+                stack.callback(norm.register_forward_hook(probe_behind).remove)
+                continue
+            if group.gate_only:
+                continue  # heard of where its units are
             module = writer(model, group)
             block = module.in_features // group.units
+            whole = totals[place[group.depth]] if group.depth and group.writes and not group.after else None
 
-            def probe(_module, args, total=total, block=block):  # type: ignore[no-untyped-def]
-                return (_Probe.apply(args[0], anchor, total, block), *args[1:])
+            def probe(_module, args, total=total, block=block, whole=whole):  # type: ignore[no-untyped-def]
+                return (_Probe.apply(args[0], anchor, total, block, whole), *args[1:])
 
             stack.callback(module.register_forward_pre_hook(probe).remove)
         stack.enter_context(inside_experts(model, experts))
@@ -136,12 +151,16 @@ def balanced(sensitivity_N: torch.Tensor, groups: tuple[Group, ...], strength: f
     Each layer is divided by (its geometric mean over that of all layers) to the power `strength`.
     """
     parts = list(sensitivity_N.split([g.units for g in groups]))
-    for kind in dict.fromkeys(g.kind for g in groups if not g.attends):
+    place = {g.name: i for i, g in enumerate(groups)}
+    for kind in dict.fromkeys(g.kind for g in groups if not g.attends and not g.gate_only):
         of_kind = [i for i, g in enumerate(groups) if g.kind == kind and (parts[i] > 0).any()]
         levels = {i: parts[i][parts[i] > 0].log().mean() for i in of_kind}  # what no token reached says nothing
         if not levels:
             continue
         middle = torch.stack(list(levels.values())).mean()
         for i, level in levels.items():
-            parts[i] = parts[i] * torch.exp(-strength * (level - middle))
+            factor = torch.exp(-strength * (level - middle))
+            parts[i] = parts[i] * factor
+            if groups[i].depth:  # compared with its units
+                parts[place[groups[i].depth]] = parts[place[groups[i].depth]] * factor
     return torch.cat(parts)

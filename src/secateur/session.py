@@ -1,12 +1,15 @@
 """A run with what its stages share, loaded when first needed: the dense model and the token blocks."""
 
+import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import finalize
 
 import torch
 from transformers import PreTrainedModel
@@ -16,18 +19,30 @@ from secateur.bos import leading_bos
 from secateur.checkpoints import Checkpoints
 from secateur.config import Config
 from secateur.data import SELF, Blocks, load_blocks
+from secateur.describe import Description
 from secateur.evaluate import mean_loss, windows
-from secateur.files import InputError, read_json, write_json
+from secateur.experts import is_fused
+from secateur.files import InputError, read_json, remove, scratch_folder, write_json
 from secateur.gates import Gates, architecture_fingerprint, load_gates
 from secateur.guard import Guard, read_guards
+from secateur.hardware import free_memory
 from secateur.latency import LatencyTable, read_table
-from secateur.load import Loaded, autocast, load, pick_device, weights_fingerprint
+from secateur.load import (
+    Described,
+    Loaded,
+    autocast,
+    describe_selected,
+    learning_dtype,
+    load,
+    pick_device,
+    weights_fingerprint,
+)
 from secateur.optimise import Step
 from secateur.ranks import here
 from secateur.recover import RecoveryStep
 from secateur.run import Run
 from secateur.selftext import self_written
-from secateur.text import evaluation_text, local_files
+from secateur.text import HELD_OUT, evaluation_text, local_files
 from secateur.updates import updates_of
 
 if TYPE_CHECKING:
@@ -58,8 +73,33 @@ class Progress:
     def scored(self, rows: int, of: int) -> None:
         """So many more rows of the zero-shot tasks went through a model, of so many for both models."""
 
+    def told(self, line: str) -> None:
+        """Something that was found out on the way."""
+
     def warned(self, warning: str) -> None:
         """Something that is possible, and maybe not meant."""
+
+    def evaluated(self, results: Mapping[str, Any]) -> None:
+        """Both models have been measured: what eval.json is to hold."""
+
+
+class Listeners(Progress):
+    """Tells several, in turn, all that a `Progress` hears."""
+
+    def __init__(self, each: Sequence[Progress]) -> None:
+        self.each = each
+
+
+def _told_to_each(name: str) -> Callable[..., None]:
+    def tell(self: Listeners, *said: Any) -> None:
+        for one in self.each:
+            getattr(one, name)(*said)
+
+    return tell
+
+
+for _name in [name for name in vars(Progress) if not name.startswith("_")]:
+    setattr(Listeners, _name, _told_to_each(_name))
 
 
 @dataclass
@@ -68,8 +108,12 @@ class Session:
 
     run: Run
     progress: Progress = field(default_factory=Progress)
+    low_memory: bool = False
+    """Leave the dense weights on disk (`--low-memory`); also where they would not fit in memory."""
     offload: Path | None = None
-    """Where weights are kept on disk instead of in memory."""
+    """Where meanwhile, if they are converted when they are read."""
+    learning: bool = False
+    """Whether gates are being learned, for which `--offload` holds."""
     _warned_of: set[Path] = field(default_factory=set)
 
     def autocast(self) -> torch.autocast:
@@ -91,10 +135,67 @@ class Session:
         for data in {c.data, c.eval_data, *guards} - {SELF, None}:
             local_files(str(data))  # a wrong path shows before a large model is loaded
         with self.timed("load"):
-            return load(
-                c.model, c.device, c.dtype, c.trust_remote_code, self.offload, c.units, c.attention_unit, c.keep,
-                c.shard,
-            )  # fmt: skip
+            if not self.learning or c.offload == "none":
+                where = self.offload, self.described, None, c.shard
+                return load(c.model, c.device, c.dtype, c.trust_remote_code, *where)
+            folder = self.run.folder / f".weights.{os.getpid()}.tmp"
+            finalize(self, remove, folder)
+            return load(c.model, c.device, c.dtype, c.trust_remote_code, folder, self.described, c.offload)
+
+    def whole(self) -> None:
+        """Loads the dense model, all of it, for what comes after learning."""
+        if self.learning and self.config.offload != "none":
+            vars(self).pop("loaded", None)
+        self.learning = False
+        _model = self.loaded
+
+    @cached_property
+    def described(self) -> Described:
+        """What is known of the dense model without its weights."""
+        c = self.config
+        return describe_selected(c.model, c.trust_remote_code, c.units, c.attention_unit, c.keep, c.depth)
+
+    @property
+    def description(self) -> Description:
+        """The dense model's units."""
+        return self.loaded.description if self.in_memory else self.described.description
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the dense model has been loaded."""
+        return "loaded" in vars(self)
+
+    @cached_property
+    def unloadable(self) -> str | None:
+        """Why the dense model is not loaded; None where it is, or can be."""
+        if self.in_memory:
+            return None
+        if self.low_memory:
+            return "--low-memory leaves the weights on disk"
+        device = pick_device(self.config.device)
+        dtype = learning_dtype(self.described, device, self.config.dtype)
+        need = dtype.itemsize * sum(map(prod, self.described.description.shapes.values()))
+        free = free_memory() if device.type == "cpu" else need
+        return None if need <= free else f"the weights take {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free"
+
+    @property
+    def _converts(self) -> bool:
+        return self.config.model.endswith(".gguf") or any(is_fused(m) for m in self.described.model.modules())
+
+    @contextmanager
+    def on_disk(self) -> Iterator[None]:
+        """Within the context, the weights of a model that is not loaded yet stay in their files, and each is read when
+        it is needed. Where transformers converts weights when it reads them (experts, GGUF), which takes a second copy
+        of these in the run folder meanwhile, only if the model cannot be loaded."""
+        if self.in_memory or (self._converts and self.unloadable is None):
+            yield
+            return
+        with scratch_folder(self.run.folder, "offload") as self.offload:
+            try:
+                yield
+            finally:
+                self.offload = None
+                vars(self).pop("loaded", None)
 
     @cached_property
     def bos(self) -> int | None:
@@ -149,7 +250,7 @@ class Session:
         c = self.config
         if c.eval_data is None:
             rows_NT = self.blocks.held_out_NT
-            return rows_NT, f"held-out part of {c.data}", "packed"
+            return rows_NT, f"{HELD_OUT}{c.data}", "packed"
         characters = c.eval_windows * c.eval_length * 12 or None
         text = evaluation_text(c.eval_data, c.text_column, characters, c.eval_join)
         tokens_T = self.loaded.tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
@@ -174,32 +275,33 @@ class Session:
     @cached_property
     def architecture(self) -> str:
         """Fingerprint that ties gates and plan to the model's shapes."""
-        return architecture_fingerprint(self.loaded.description.groups, self.loaded.description.shapes)
+        return architecture_fingerprint(self.description.groups, self.description.shapes)
 
     @cached_property
     def pruned_shapes(self) -> str:
         """The same of what is pruned alone: siblings with other embeddings share it."""
-        groups, shapes = self.loaded.description.groups, self.loaded.description.shapes
+        groups, shapes = self.description.groups, self.description.shapes
         inside = {s.param for g in groups for s in g.slices}
         return architecture_fingerprint(groups, {name: shapes[name] for name in inside})
 
     @cached_property
     def weights(self) -> str:
         """Fingerprint of the dense model's weights."""
-        return weights_fingerprint(self.loaded.model)
+        return weights_fingerprint(self.loaded.model, self.description.shapes)
 
     @property
     def learned_steps(self) -> int:
-        """Learning steps behind the gates of a run: of a size of a sweep, those of the sizes before, too."""
-        gates = load_gates(self.run.gates, self.loaded.description.groups, self.architecture)
-        return int(gates.about["steps"] if "sweep" in gates.about else self.config.steps)
+        """Learning steps behind the gates of a run: of a size of a sweep, those of the sizes before, too; fewer than
+        the settings say where a callback ended them."""
+        gates = load_gates(self.run.gates, self.description.groups, self.architecture)
+        return int(gates.about["steps"] if "sweep" in gates.about else gates.about.get("stopped", self.config.steps))
 
     @cached_property
     def given(self) -> Gates | None:
         """The gates that `--gates` names, checked."""
         if self.config.gates is None:
             return None
-        groups = self.loaded.description.groups
+        groups = self.description.groups
         gates = load_gates(self.config.gates, groups, self.architecture, self.pruned_shapes)
         self.check_weights(gates, self.config.gates)
         if gates.means is not None and self.config.steps:
@@ -222,7 +324,7 @@ class Session:
     def latency(self) -> LatencyTable:
         """The run's latency table. Raises InputError where it is of another model."""
         table = read_table(self.run.latency)
-        table.check_model(self.loaded.description, self.config.latency_table or self.run.latency)
+        table.check_model(self.description, self.config.latency_table or self.run.latency)
         return table
 
     def checkpoints(self, folder: Path) -> Checkpoints:

@@ -53,11 +53,9 @@ def plan_size(
     return inside, plan_stage(inside)[1]
 
 
-def export_size(
-    session: Session, sparsity: float | None, budget: Sequence[str], shape: str | None = None, low_memory: bool = False
-) -> Run:
+def export_size(session: Session, sparsity: float | None, budget: Sequence[str], shape: str | None = None) -> Run:
     """Plans and exports another size of a run."""
-    if low_memory:
+    if session.low_memory:
         size = size_run(session.run, sparsity, budget)
         words = [] if size.config.sparsity is None else [f"--sparsity {size.config.sparsity:g}"]
         words += [f"--budget {word}" for word in size.config.budget]
@@ -78,12 +76,14 @@ def size_run(run: Run, sparsity: float | None, budget: Sequence[str], shape: str
 
 def session_on(session: Session, size: Run) -> Session:
     """A session on a size of a run, which shares what is loaded. Raises InputError where the size is not possible."""
-    inside = Session(size, session.progress)
-    inside.loaded = session.loaded
+    inside = Session(size, session.progress, session.low_memory)
+    inside.described = session.described
     if size.config.latency_table is not None:
         inside.latency = session.latency
     budget_of(inside)
-    inside.bos, inside.blocks, inside.guards = session.bos, session.blocks, session.guards
+    if session.unloadable is None:
+        inside.loaded, inside.bos = session.loaded, session.bos
+        inside.blocks, inside.guards = session.blocks, session.guards
     return inside
 
 
@@ -103,7 +103,7 @@ def found(size: Run, gates: Gates, run: Run) -> None:
 def _gates_for(inside: Session, session: Session) -> Gates:
     """The gates for a size: the run's own, or of those of its sweep the ones of the nearest size that is not smaller,
     else of the largest; with the order that has all sizes of the sweep lie in each other."""
-    run, groups = session.run, session.loaded.description.groups
+    run, groups = session.run, session.description.groups
     swept = swept_gates(session)
     if not swept:
         return load_gates(run.gates, groups, session.architecture)
@@ -125,7 +125,7 @@ def _gates_for(inside: Session, session: Session) -> Gates:
 
 def swept_gates(session: Session) -> list[Gates]:
     """The gates that the last sweep of the run has learned, each for its own size."""
-    run, groups, found = session.run, session.loaded.description.groups, []
+    run, groups, found = session.run, session.description.groups, []
     if not run.sweep.exists():
         return []
     number = read_json(run.sweep, f"secateur learn {run.folder} --sweep")["number"]

@@ -27,6 +27,8 @@ def sliced(
     remaining = pruned_shapes(description, plan)
     dropped = description.shapes.keys() - remaining.keys()
     added = {f"{g.gate_at}.weight": g for g in compensated(description, plan)}
+    norms = {f"{g.after}.{own}": (g, own) for g in description.groups if g.is_sublayer and g.after
+             for own in ("weight", "bias")}  # fmt: skip
     biases: dict[str, Tensor] = {}
     for name, tensor in tensors:
         if name in added:
@@ -39,6 +41,9 @@ def sliced(
             tensor = (tensor.float() + biases[name]).to(dtype or tensor.dtype)
         if name in dropped:
             continue
+        if name in norms:
+            group, own = norms[name]
+            tensor = fold_norm(tensor, group, own, plan.gates([group])[group.name], dtype)
         if name in cuts:
             group, s = cuts[name]
             tensor = take(tensor, s, group, plan.kept[group.name], plan.policy)
@@ -79,3 +84,10 @@ def fold(weight: Tensor, group: Group, scale: Tensor, dtype: torch.dtype | None)
     if weight.ndim == 3:
         columns = columns.unsqueeze(3 - dim)
     return (weight.float() * columns).to(dtype or weight.dtype)
+
+
+def fold_norm(weight: Tensor, group: Group, own: str, gate: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """The `own` weight or bias of the norm behind which a sublayer's gate acts, so that this scales its output."""
+    offset = group.offset if own == "weight" else 0.0
+    scaled = (weight.float() + offset) * gate.to(weight.device, torch.float32) - offset
+    return scaled.to(dtype or weight.dtype)

@@ -66,7 +66,7 @@ def lowered(model: PreTrainedModel) -> Iterator[None]:
     own: dict[nn.Parameter, torch.Tensor] = {}
     for module in linear:
         for p in module.parameters(recurse=False):
-            if not p.requires_grad and p.dtype == torch.float32 and id(p) not in elsewhere:
+            if not (p.requires_grad or p.is_meta) and p.dtype == torch.float32 and id(p) not in elsewhere:
                 own[p] = p.data
                 p.data = p.data.to(dtype)
     try:

@@ -1,6 +1,6 @@
 """The stages of a run as functions: each reads files of the run folder and writes the next one, so each reruns alone.
 
-`prune` is all of them in a row with the model loaded once. The command line only parses and prints.
+`remaining_stages` is all of them in a row with the model loaded once. The command line only parses and prints.
 """
 
 import shutil
@@ -15,11 +15,10 @@ from transformers import PreTrainedModel
 from secateur.attach import attached, compensation
 from secateur.budget import everything, figures
 from secateur.card import model_card, public_name
-from secateur.config import Config
 from secateur.evaluate import compared
 from secateur.export import as_shipped, export
 from secateur.families import FAMILIES
-from secateur.files import InputError, read_json, scratch_folder, write_json, write_text
+from secateur.files import InputError, read_json, write_json, write_text
 from secateur.gates import Gates, load_gates, save_gates
 from secateur.learn import learn
 from secateur.load import read_export
@@ -31,7 +30,7 @@ from secateur.planning import compare_shapes as compare_shapes
 from secateur.policy import policy_of
 from secateur.recover import LR, Recovery, recover
 from secateur.refit import Refit, kept_groups, normal_equations, refit
-from secateur.run import Run, new_run, open_run, recorded, versions
+from secateur.run import Run, recorded, versions
 from secateur.samples import samples
 from secateur.session import Session
 from secateur.slicing import fold, pruned_shapes
@@ -49,6 +48,7 @@ class VerificationFailed(RuntimeError):
 
 def learn_stage(session: Session) -> Gates:
     """Learns or scores the gates: RUN/gates.safetensors, metrics.jsonl a line a learning step."""
+    session.learning = True
     run, limits, _known = session.run, budget_of(session), (session.given, session.blocks, session.guards)
     with session.timed("learn"):
         gates = find_gates(session, limits)
@@ -83,31 +83,29 @@ def planned(run: Run, groups: Sequence[Group], architecture: str) -> tuple[Plan,
 
 
 def _planned(session: Session) -> tuple[Plan, Rounding]:
-    return planned(session.run, session.loaded.description.groups, session.architecture)
+    return planned(session.run, session.description.groups, session.architecture)
 
 
-def export_stage(session: Session, shape: str | None = None, low_memory: bool = False) -> None:
+def export_stage(session: Session, shape: str | None = None) -> None:
     """Writes the pruned checkpoint, RUN/model; plans anew first when a shape is asked for that the plan has not.
 
-    With `low_memory` the dense weights stay on disk (a second copy, in the run folder, gone at the end).
+    A dense model that is not loaded yet is not loaded for it: its weights stay in their files (`Session.on_disk`).
     """
-    session.offload = None
-    if not low_memory:
-        _export(session, shape)
-        return
-    with scratch_folder(session.run.folder, "offload") as session.offload:
-        _export(session, shape)
-
-
-def _export(session: Session, shape: str | None) -> None:
     shape = None if shape is None else str(policy_of(shape))
-    run, c, loaded = session.run, session.config, session.loaded
     plan, rounding = _planned(session)
     if shape not in (None, plan.shape):
-        if session.offload is not None:
-            again = f"secateur plan {run.folder} --shape {shape}"
+        if session.low_memory:
+            again = f"secateur plan {session.run.folder} --shape {shape}"
             raise InputError(f"the plan is for {plan.shape}, and --low-memory cannot plan anew; run `{again}` first")
         plan, rounding = plan_stage(session, shape)
+    with session.on_disk():
+        _export(session, plan, rounding)
+
+
+def _export(session: Session, plan: Plan, rounding: Rounding) -> None:
+    run, c, loaded = session.run, session.config, session.loaded
+    if session.offload is not None:  # else learning or planning has looked at the weights
+        session.check_weights(load_gates(run.gates, loaded.description.groups, session.architecture), run.gates)
     with session.timed("export"):
         export(
             loaded.model,
@@ -349,18 +347,9 @@ def eval_stage(session: Session) -> dict[str, Any]:
     about = _about(session, _is_stock(run))
     card = model_card(c, plan.shape, rounding, results, verified, results["updates"], *about)
     write_text(run.model / "README.md", card)
+    session.progress.evaluated(results)
     write_json(run.eval, results)  # last: where it is, all is done
     return results
-
-
-def prune(config: Config) -> dict[str, Any]:
-    """Prunes a model as `secateur prune` does, without a screen; returns what eval.json holds."""
-    return remaining_stages(Session(new_run(config)))
-
-
-def open_session(folder: Path | str) -> Session:
-    """A session on an existing run, for the stage functions."""
-    return Session(open_run(Path(folder)))
 
 
 def remaining_stages(session: Session) -> dict[str, Any]:
@@ -373,6 +362,7 @@ def remaining_stages(session: Session) -> dict[str, Any]:
         return sweep_stages(session)
     if not run.gates.exists():
         # What is wrong is better known before learning, and before the model writes itself a text.
+        session.learning = True
         _known = session.tasks, budget_of(session), session.given, session.evaluation_windows, session.guards
         learn_stage(session)
     session.checkpoints(run.checkpoints).left_over(run.config.steps)
@@ -381,6 +371,7 @@ def remaining_stages(session: Session) -> dict[str, Any]:
         plan_stage(session)
     verified = run.verify.exists() and read_json(run.verify, f"secateur verify {run.folder}")["passed"]
     if not run.model.is_dir() or (updates_of(run.model) and not verified):
+        session.whole()  # which all that follows needs
         export_stage(session)
         verified = False
     if not verified:

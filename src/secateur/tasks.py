@@ -247,8 +247,15 @@ class Tasks:
         return figures | {
             "items": count["effective"], "of": count["original"], "limit": self.limit, "fewshot": 0,
             "cut": self.cut[name], "joined": self.joined[name],
+            "dataset": None if name in self.files else _dataset(task),
             "versions": {"lm_eval": version("lm_eval"), "task": None if name in self.files else task.VERSION},
         }  # fmt: skip
+
+
+def _dataset(task: Any) -> dict[str, Any]:
+    """Where the items of a task of lm-eval come from."""
+    split = task.config.test_split if task.has_test_docs() else task.config.validation_split
+    return {"path": task.DATASET_PATH, "config": task.DATASET_NAME, "split": split}
 
 
 @seeded()

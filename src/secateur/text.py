@@ -21,6 +21,8 @@ from secateur.files import InputError
 
 COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 JSON_LINES = (".jsonl", ".ndjson", ".json")
+HELD_OUT = "held-out part of "
+"""What the name of an evaluation text begins with that is a part of the calibration text's source."""
 PIECE_CHARACTERS = 4_000
 """Plain text is cut into documents of about this length."""
 
@@ -111,7 +113,7 @@ def _errors_of(path: Path, unit: str = "line") -> Iterator[_Place]:
     except UnicodeDecodeError:
         raise InputError(f"{path} is not UTF-8 text{place}; convert it, for instance with iconv") from None
     except (OSError, pa.ArrowException) as error:
-        reason = f"{path} cannot be read{place} ({_one_line(error)})"
+        reason = f"{path} cannot be read{place} ({one_line(error)})"
         raise InputError(f"{reason}; check that it is complete and of the type its suffix says") from None
 
 
@@ -183,7 +185,7 @@ def _hub_documents(data: str, column: str) -> Iterator[str]:
         raise
     except Exception as error:  # datasets raises whatever its network, file and parsing libraries raise
         reason = f"{data} is no file or folder here, and cannot be read as a dataset from the hub"
-        raise InputError(f"{reason} ({_one_line(error)}); check the name, or give a local file") from None
+        raise InputError(f"{reason} ({one_line(error)}); check the name, or give a local file") from None
 
 
 def _text_of(row: dict[str, Any], column: str, where: str) -> str:
@@ -199,5 +201,6 @@ def _text_of(row: dict[str, Any], column: str, where: str) -> str:
     return value.encode("utf-8", "replace").decode()  # JSON may hold halves of surrogate pairs; tokenizers fail on them
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """What an error says, on one line."""
     return textwrap.shorten(str(error) or type(error).__name__, 300)

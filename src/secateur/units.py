@@ -42,7 +42,8 @@ class Group:
     """Unique, stable name: `layers.3.channels`."""
     layer: int
     kind: str
-    """`heads`, `kv_groups`, `channels` (of an MLP), `shared_channels` (of shared experts) or `expert_channels`."""
+    """`heads`, `kv_groups`, `channels` (of an MLP), `shared_channels` (of shared experts) or `expert_channels`; or one
+    of `SUBLAYERS`: one unit, all of an attention or MLP module (`--depth`)."""
     units: int
     gate_at: str
     """The linear map that reads the units' outputs (o_proj, down_proj), or the module that holds fused experts."""
@@ -60,6 +61,24 @@ class Group:
     keys: str = ""
     """Of query heads: the name of the group of their KV heads, if these can go, too (`--attention-unit nested`). It has
     no columns of the writer; a KV head stays exactly while one of its query heads does."""
+    depth: str = ""
+    """Name of the group that is the sublayer's own gate, if it has one beside its units' (`--depth joint`). That group
+    has no slices: it stays exactly while one of the units does, each of which is multiplied by both gates."""
+    after: str = ""
+    """The norm that reads the sublayer's output, behind which the sublayer's own gate acts: before a norm a factor does
+    nothing. Empty where there is none: the gate acts where the units' do."""
+    offset: float = 0.0
+    """What that norm adds to its weight before it multiplies by it (Gemma's 1)."""
+
+    @property
+    def is_sublayer(self) -> bool:
+        """Whether the one unit is a whole sublayer."""
+        return self.kind in SUBLAYERS
+
+    @property
+    def gate_only(self) -> bool:
+        """Whether this is the gate of a sublayer beside those of its units, which hold all of it."""
+        return self.is_sublayer and not self.slices
 
     @property
     def parts(self) -> int:
@@ -97,17 +116,27 @@ class Group:
     @property
     def attends(self) -> bool:
         """Whether the units are heads, or groups of them."""
-        return self.kind in ("heads", "kv_groups")
+        return self.kind in ("heads", "kv_groups", "attention")
+
+
+SUBLAYERS = ("attention", "mlp")
+"""Kinds whose one unit is a whole sublayer."""
 
 
 def by_writer(groups: Iterable[Group], gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Group name → what its units' outputs are multiplied by, of groups that write: those of nested query heads by the
-    gates of their KV heads, too."""
+    gates of their KV heads, too, and all by the gate of their sublayer, unless that acts behind a norm (`by_norm`)."""
 
     def gate(g: Group) -> Tensor:
-        return gates[g.name] * gates[g.keys].repeat_interleave(g.width) if g.keys else gates[g.name]
+        gate = gates[g.name] * gates[g.keys].repeat_interleave(g.width) if g.keys else gates[g.name]
+        return gate * gates[g.depth] if g.depth and not g.after else gate
 
-    return {g.name: gate(g) for g in groups if g.writes}
+    return {g.name: gate(g) for g in groups if g.writes and not (g.is_sublayer and g.after)}
+
+
+def by_norm(groups: Iterable[Group], gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Norm → what its output is multiplied by, of the sublayers' own gates that act behind one."""
+    return {g.after: gates[g.name] for g in groups if g.is_sublayer and g.after}
 
 
 class Size(NamedTuple):

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from secateur.attach import writer
-from secateur.slicing import fold
+from secateur.slicing import fold, fold_norm
 from secateur.units import Group, by_writer
 
 FLOAT32_TOLERANCE = 1e-5
@@ -80,7 +80,13 @@ def folded(
 
     So are `biases` into the writers' biases.
     """
-    groups, gates = [g for g in groups if g.writes], by_writer(groups, gates)
+    behind = [(g, model.get_submodule(g.after)) for g in groups if g.is_sublayer and g.after]
+    norms = [(g, own, p) for g, norm in behind for own, p in norm.named_parameters()]
+    before_norms = [(p, p.data) for _, _, p in norms]
+    for group, name, p in norms:
+        p.data = fold_norm(p.data, group, name, gates[group.name], dtype).to(p.dtype)
+    gates = by_writer(groups, gates)
+    groups = [g for g in groups if g.name in gates]
     weights = {g.name: model.get_parameter(g.writer) for g in groups}
     saved = {name: weight.data for name, weight in weights.items()}
     own = {g.name: writer(model, g).bias for g in groups if not g.experts}
@@ -94,6 +100,8 @@ def folded(
                 writer(model, group).bias = nn.Parameter(bias.to(dtype).to(weight.dtype), requires_grad=False)
         yield
     finally:
+        for p, data in before_norms:
+            p.data = data
         for group in groups:
             weights[group.name].data = saved[group.name]
             if not group.experts:

@@ -77,7 +77,7 @@ class Vocabulary:
         with torch.no_grad():
             logits_BTV = model(ids_BT, use_cache=False).logits
             whole = self._reason(ids_BT, logits_BTV)
-        words = logits_BTV.shape[-1]
+        words = self.words = logits_BTV.shape[-1]
         self.whole = whole
         """Why logits are made at once; None: they are made in chunks."""
         self.head = Head(words, self._logits) if whole is None else given(words)

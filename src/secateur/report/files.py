@@ -35,8 +35,8 @@ class Rounding(TypedDict):
     allowed: float
     open_gates: float
     kept: float
-    held_out_learned: float
-    held_out_planned: float
+    held_out_learned: float | None
+    held_out_planned: float | None
 
 
 class Fixing(TypedDict):

@@ -32,7 +32,12 @@ TITLES = {
     "channels": "Layers × channels",
     "shared_channels": "Layers × channels of shared experts",
     "expert_channels": "Layers × experts",
+    "attention": "Attention of each layer",
+    "mlp": "MLP of each layer",
 }
+
+SINGLE = {"heads": "head", "kv_groups": "KV group", "attention": "sublayer", "mlp": "sublayer"}
+"""Kinds that are shown one by one, by their gate values → what a column is."""
 
 
 def maps(record: Record) -> list[Drawn]:
@@ -61,10 +66,10 @@ class Shown:
 
 
 def _shown(kind: str, units: Sequence[Units]) -> Shown:
-    if kind in ("heads", "kv_groups"):
+    if kind in SINGLE:
         values_LK = _rows([u.value_N for u in units])
         top = max(1.0, float(np.nanmax(values_LK)))
-        column = "head" if kind == "heads" else "KV group"
+        column = SINGLE[kind]
         return Shown(TITLES[kind], values_LK, column, "gate value", ("removed", f"gate value {figure(top)}"), top)
     if kind == "expert_channels" and all(u.experts for u in units):
         shares = [u.kept.reshape(u.experts, -1).mean(1) for u in units]

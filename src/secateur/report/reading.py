@@ -35,6 +35,8 @@ KINDS = {
     "channels": "MLP channels",
     "expert_channels": "experts' channels",
     "shared_channels": "shared experts' channels",
+    "attention": "attention sublayers",
+    "mlp": "MLP sublayers",
 }
 """Kind of unit → how it reads."""
 

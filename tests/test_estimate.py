@@ -1,0 +1,147 @@
+"""What a run would take, from the configuration alone."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from runs import complaint, secateur, small_llama, write_checkpoint
+from secateur import estimate as estimating
+from secateur.config import Config
+from secateur.describe import describe
+from secateur.footprint import Ledger, footprint
+from secateur.load import Described
+from test_families import MIXTURES
+from tiny import tiny
+
+BIG = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672,
+    "num_hidden_layers": 8, "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256,
+    "dtype": "bfloat16", "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+@pytest.fixture
+def big(tmp_path):
+    """A folder that holds the configuration of a 9 B model, few and wide layers, and nothing else."""
+    (tmp_path / "config.json").write_text(json.dumps(BIG))
+    return tmp_path
+
+
+def estimated(folder, hardware="H100", **settings):
+    return estimating.estimate(Config(str(folder), sparsity=0.5, **settings), hardware)
+
+
+def test_a_configuration_is_enough(big, capsys):
+    assert secateur("estimate", big, "--hardware", "h200", "--gradient-checkpointing") == 0
+    said = capsys.readouterr().out
+    assert "8,946,589,696" in "".join(said.split()) and "17.89 GB" in said and "learning" in said and "verify" in said
+    assert "40%" in said, "the utilisation that is assumed"
+
+
+def test_flops_of_a_step_are_three_passes(big):
+    found = estimated(big, steps=10, batch_size=2, seq_len=1024)
+    learning = next(s for s in found.stages if s.name == "learning")
+    tokens, layers = 10 * 2 * 1024, 8
+    maps = layers * (2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 28672) + 8192 * 128256
+    expected = 3 * tokens * (2 * maps + 4 * layers * 8192 * (1024 + 1) / 2)
+    assert learning.tokens == tokens and learning.flops == pytest.approx(expected, rel=1e-6)
+    again = next(s for s in estimated(big, steps=10, gradient_checkpointing=True).stages if s.name == "learning")
+    assert 3.5 < again.flops / (again.tokens * 2 * maps) < 4.2
+
+
+def test_checkpointing_smaller_batches_and_narrower_weights_take_less():
+    model = small_llama(num_hidden_layers=6)
+    described = Described(model, describe(model), model.config)
+    groups = described.description.groups
+
+    def total(batch=2, checkpointing=False, dtype=torch.float32):
+        return footprint(model.config, groups, batch, 32, dtype, dtype, checkpointing).activations
+
+    assert total(checkpointing=True) < total() / 3
+    assert total(4) == pytest.approx(2 * total(2), rel=0.05)
+    assert total(dtype=torch.bfloat16) < 0.7 * total()
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_mixtures_are_reckoned_too(family):
+    model_type, changes = MIXTURES[family]
+    model = tiny(model_type, **changes)
+    found = footprint(model.config, describe(model).groups, 2, 16, torch.float32, torch.float32, False)
+    assert found.activations > 0 and found.logits > 0
+
+
+def test_what_a_step_keeps_is_what_autograd_keeps():
+    """Against saved tensors of a real pass: the same storages, counted once, but for weights."""
+    from secateur.attach import attached
+    from secateur.gates import by_group
+
+    model = small_llama()
+    groups = describe(model).groups
+    z_N = torch.ones(sum(g.units for g in groups), requires_grad=True)
+    weights = {p.untyped_storage()._cdata for p in [*model.parameters(), *model.buffers(), z_N]}
+    held = {}
+
+    def pack(tensor):
+        if tensor.untyped_storage()._cdata not in weights:
+            held[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), attached(model, groups, by_group(z_N, groups)):
+        output = model.base_model(torch.zeros((4, 64), dtype=torch.long), use_cache=False).last_hidden_state
+    found = footprint(model.config, groups, 4, 64, torch.float32, torch.float32, False)
+    teacher = output.nbytes
+    assert found.activations - teacher == pytest.approx(sum(s.nbytes() for s in held.values()), rel=0.15)
+
+
+def test_a_ledger_hears_tensors_come_and_go():
+    with Ledger() as ledger:
+        first = torch.ones(1000)
+        second = first + 1
+        assert ledger.live == 8000
+        del first
+        assert ledger.live == 4000
+        second.view(10, 100).add_(1)
+        assert (ledger.live, ledger.peak) == (4000, 8000)
+
+
+def test_what_does_not_fit_is_refused_with_settings_that_would(big, capsys):
+    said = complaint(capsys, "estimate", big, "--hardware", "A100-80GB", "--batch-size", 16)
+    assert "this does not fit: learn takes" in said and "--gradient-checkpointing would (" in said
+    assert secateur("estimate", big, "--hardware", "A100-80GB", "--batch-size", 16, "--gradient-checkpointing") == 0
+    said = complaint(capsys, "estimate", big, "--hardware", "L4")
+    assert "no settings would, but --hardware A100-80GB would" in said
+
+
+def test_settings_that_would_fit_are_tried_in_turn(big, capsys):
+    words = ["estimate", big, "--hardware", "A100-80GB", "--dtype", "float32", "--seq-len", 16384, "--batch-size", 16]
+    said = complaint(capsys, *words)
+    assert "--gradient-checkpointing --dtype bfloat16 --micro-batch-size 1 would (" in said
+
+
+def test_offloaded_layers_leave_room_and_take_time(big):
+    plain = estimated(big, gradient_checkpointing=True)
+    offloaded = estimated(big, offload="cpu")
+    assert offloaded.config.gradient_checkpointing
+    less = sum(plain.memory["learn"].values()) - sum(offloaded.memory["learn"].values())
+    assert less == pytest.approx(2 * plain.in_layers * 7 / 8)
+    small = {"batch_size": 1, "seq_len": 128, "steps": 10}
+    hours = [sum(map(e.seconds, e.stages)) for e in (estimated(big, **small), estimated(big, **small, offload="cpu"))]
+    assert hours[1] > 2 * hours[0], "weights come slower than a small step uses them"
+
+
+def test_bad_input_is_one_line(big, capsys):
+    assert "--hardware abacus is not known; there are present, A100-40GB" in complaint(
+        capsys, "estimate", big, "--hardware", "abacus"
+    )
+    assert "--batch-size must be at least 1" in complaint(capsys, "estimate", big, "--batch-size", 0)
+    shutil.rmtree(big)
+    assert "neither a model folder" in complaint(capsys, "estimate", big)
+
+
+def test_the_present_machine_is_measured(tmp_path, capsys):
+    model = write_checkpoint(tmp_path / "dense")
+    assert secateur("estimate", model, "--steps", 10, "--device", "cpu", "--recover", "full") == 0
+    said = capsys.readouterr().out
+    assert "this CPU" in said and "FLOP/s" in said and "recover" in said
