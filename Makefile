@@ -10,7 +10,7 @@ QUANTISERS := .cache/quantisers
 BROWSER := .cache/browser
 MODEL_2_SHA256 := a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818
 
-.PHONY: install model model-2 demo test test-quantise test-browser test-kills chromium serve test-serve lint typecheck clean
+.PHONY: install model model-2 demo test test-quantise test-browser test-kills chromium serve test-serve docs package lint typecheck clean
 
 install: $(VENV)/.installed
 
@@ -95,11 +95,22 @@ test-kills: install
 	$(BIN)/python tests/kills.py --kills 100 --windows 0 --full 0
 
 lint: install
-	$(BIN)/ruff check src tests examples benchmarks
-	$(BIN)/ruff format --check src tests examples benchmarks
+	$(BIN)/ruff check src tests examples benchmarks docs/*.py
+	$(BIN)/ruff format --check src tests examples benchmarks docs/*.py
 
 typecheck: install
 	$(BIN)/mypy
 
+# Its links and anchors are checked; nothing is fetched.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Wheel and source distribution in dist/, what is in them, and the wheel in a bare environment of its own.
+package: install
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/check-wheel-contents dist
+	$(BIN)/python tests/packaged.py dist
+
 clean:
-	rm -rf $(VENV) $(SERVE) .cache build dist
+	rm -rf $(VENV) $(SERVE) .cache build dist site

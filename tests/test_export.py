@@ -13,6 +13,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
+    DynamicCache,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     StaticCache,
@@ -23,6 +24,7 @@ from runs import described, random_tokens, small_llama, small_tokenizer
 from secateur.describe import Description, describe
 from secateur.export import export
 from secateur.files import InputError
+from secateur.modeling_pruned import ClosedAttention
 from secateur.plan import Plan
 from tiny import LATENT, dense_logits, gated_logits, load, random_plan, tiny, tokens
 
@@ -72,6 +74,14 @@ def test_generation_is_the_same_with_and_without_a_cache(
     assert torch.equal(cached, model.generate(tokens(), use_cache=False, **arguments))
     assert torch.equal(cached, model.generate(tokens(), cache_implementation="static", **arguments))
     assert cached.shape == (2, 24)
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_a_closed_attention_fills_the_cache_under_either_name_that_transformers_has_for_it(name: str) -> None:
+    attention = ClosedAttention(tiny("llama").model.layers[1].self_attn, "o_proj")
+    cache = DynamicCache()
+    out, weights = attention(torch.ones(2, 5, 48), **{name: cache})
+    assert cache.get_seq_length(1) == 5 and not out.any() and weights is None
 
 
 @pytest.mark.parametrize("close", [(), CLOSED], ids=["half", "closed sublayers"])

@@ -58,10 +58,13 @@ class ClosedAttention(ClosedMLP):
         super().__init__(attention, writer)
         self.layer_idx = attention.layer_idx
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
-        if past_key_values is not None:
+    def forward(
+        self, hidden_states: torch.Tensor, *args: Any, past_key_values: Any = None, cache: Any = None, **kwargs: Any
+    ) -> Any:
+        cache = past_key_values if cache is None else cache  # transformers 5.19 says the one, 5.24 the other
+        if cache is not None:
             zeros_B1T1 = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
-            past_key_values.update(zeros_B1T1, zeros_B1T1, self.layer_idx)
+            cache.update(zeros_B1T1, zeros_B1T1, self.layer_idx)
         return super().forward(hidden_states), None
 
 

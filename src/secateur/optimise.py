@@ -34,10 +34,13 @@ class Step:
     """One line of metrics.jsonl."""
 
     step: int
+    """Its number, from 1."""
     loss: float
     """L_ce + η L_kl, nats a token."""
     ce: float
+    """L_ce, cross-entropy of the next token."""
     kl: float
+    """L_kl, from the teacher."""
     kept: float
     """Share of the unit parameters whose gates are open (z > 0; by the mask where there is one)."""
     score: float
@@ -45,10 +48,15 @@ class Step:
     target: float | None
     """Share to keep, ρ; None where budgets weigh units by other costs."""
     mu: float
+    """μ_t, half the width of the retention score."""
     lr: float
+    """Step size of the gates."""
     lambda1: list[float]
+    """Of each constraint, the multiplier of its violation."""
     lambda2: list[float]
+    """The same of the violation squared."""
     lambda3: list[float]
+    """The same of the term for undecided units."""
     budgets: dict[str, float] | None = None
     """Of each of those, s̄ / ρ: at most 1 where it is held."""
     guard_rises: list[float] | None = None
