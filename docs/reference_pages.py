@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from docstring_parser import parse_from_object
 
 from secateur.cli import COMMANDS
+from secateur.config import Config
 from secateur.optimise import Step
 from secateur.recipes import Recipe, auto_recipe, paper_recipe
 
@@ -70,13 +71,20 @@ def option(kind: type, name: str, command: str, hints: dict[str, Any], texts: di
     return "\n".join(lines) + "\n"
 
 
+def shown(name: str, kind: type) -> list[str]:
+    """The settings that a command's section lists: all but those of `prune` that another command takes, too."""
+    elsewhere = {f.name for f in fields(Config)} if issubclass(kind, Config) and name != "prune" else set()
+    return [f.name for f in fields(kind) if f.name not in elsewhere and "Suppress" not in str(f.type)]
+
+
 def command_section(name: str, kind: type) -> str:
     """All of a command."""
     hints, texts = get_type_hints(kind, include_extras=True), documented(kind)
-    shown = [f.name for f in fields(kind) if "Suppress" not in str(f.type)]
     about = inspect.cleandoc(kind.__doc__ or "")
     about = re.sub(r"^(Example[^:]*): (secateur .*)$", r"\1:\n\n```text\n\2\n```", about, flags=re.MULTILINE)
-    entries = [option(kind, field, name, hints, texts) for field in shown]
+    if issubclass(kind, Config) and name != "prune":
+        about += "\n\nAll settings of [prune](#prune), and:"
+    entries = [option(kind, field, name, hints, texts) for field in shown(name, kind)]
     return "\n".join([f"## secateur {name} {{ #{name} }}", "", about, "", *entries])
 
 
