@@ -354,7 +354,7 @@ def test_another_modelling_file_is_not_run_by_any_command(capsys, exported, tmp_
         ("recover", "--recover", "lora"),
     ):
         said = complaint(capsys, command[0], exported, *command[1:])
-        assert "asks for code that is not what this version of Secateur writes (modeling_pruned.py)" in said
+        assert "has code that this version of Secateur does not write, or not so (modeling_pruned.py)" in said
     assert not (tmp_path / "ran").exists()
 
 
@@ -368,6 +368,32 @@ def test_code_elsewhere_is_not_run(exported, tmp_path, said):
     with pytest.raises(InputError, match="so it is not run"):
         read_export(folder, torch.float32)
     assert not (tmp_path / "ran").exists()
+
+
+def test_code_that_transformers_runs_unasked_is_not_run_by_any_command(capsys, exported, tmp_path):
+    place = exported / "model" / "custom_generate" / "generate.py"
+    place.parent.mkdir()
+    place.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    for command in ("verify", "eval", "bench"):
+        assert "does not write, or not so (custom_generate/generate.py)" in complaint(capsys, command, exported)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_tokenizer_that_asks_for_code_is_refused(capsys, exported):
+    path = exported / "model" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": {"AutoTokenizer": ["someone/else--t.T"]}}))
+    for command in ("verify", "bench"):
+        assert "(auto_map of tokenizer_config.json)" in complaint(capsys, command, exported)
+
+
+def test_a_model_whose_tokenizer_is_code_of_its_own_is_refused_before_anything_is_learned(capsys, broken, text, tmp_path):
+    (broken / "own.py").write_text(
+        "from transformers import PreTrainedTokenizerFast\n\n\nclass Own(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    path = broken / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": {"AutoTokenizer": [None, "own.Own"]}}))
+    said = complaint(capsys, *prune_arguments(broken, text, tmp_path / "new"), "--trust-remote-code")
+    assert "the tokenizer of" in said and "code of its own" in said and not (tmp_path / "new" / "model").exists()
 
 
 def test_an_export_that_lacks_a_weight_is_refused(exported):

@@ -104,6 +104,11 @@ def load(
         lambda: AutoTokenizer.from_pretrained(**where, trust_remote_code=trust_remote_code),
         f"cannot load the tokenizer of {name}",
     )
+    if type(tokenizer).__module__.startswith("transformers_modules"):
+        raise InputError(
+            f"the tokenizer of {name} is code of its own, which no pruned checkpoint brings along; save it "
+            "as a tokenizer.json that transformers reads alone first"
+        )
     model = model.eval().requires_grad_(False)
     if offload is None:
         model = model if spread else model.to(target)

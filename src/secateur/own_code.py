@@ -41,7 +41,7 @@ def check_code(folder: Path) -> None:
     """Raises InputError where config.json asks for other code than this version of Secateur writes."""
     if (other := _other_code(folder)) is not None:
         raise InputError(
-            f"{folder} asks for code that is not what this version of Secateur writes ({other}), so it is not run; "
+            f"{folder} has code that this version of Secateur does not write, or not so ({other}), so it is not run; "
             f"run `{AGAIN}` again"
         )
 
@@ -55,8 +55,16 @@ def _asked(folder: Path) -> dict[str, object]:
 
 
 def _other_code(folder: Path) -> str | None:
-    """What of the code that is asked for is not our own."""
+    """What of the code that is there, or is asked for, is not our own."""
     family_files = _family_files()
+    for path in sorted(folder.rglob("*.py")):  # transformers runs custom_generate/generate.py without being asked
+        if path.relative_to(folder).as_posix() not in {MODELING_FILE, *family_files}:
+            return path.relative_to(folder).as_posix()
+    for path in sorted(folder.glob("*.json")):
+        if path.name not in ("config.json", "tokenizer.json"):
+            values = read_json(path, AGAIN)
+            if isinstance(values, dict) and "auto_map" in values:  # of a tokenizer or processor: ours have none
+                return f"auto_map of {path.name}"
     for said in _asked(folder).values():
         module, _, name = said.partition(".") if isinstance(said, str) else ("", "", "")
         if f"{module}.py" not in {MODELING_FILE, *family_files} or not name.isidentifier():
