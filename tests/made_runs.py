@@ -46,7 +46,7 @@ def make_run(
         _write(folder / "eval.json", evaluation(generator, 1 - config.sparsity, tasks))
         _write(folder / "timings.json", {"load": 17.5, "data": 64.7, "learn": 90.3, "plan": 6.9, "eval": 34.3})
     if reached >= 5:
-        _write(folder / "bench-vllm.json", _bench(config.sparsity))
+        _write(folder / "bench-vllm.json", made_bench(config.sparsity))
         agreement = {"equal": True, "same": 32, "difference": 2e-5, "tokens": None, "logprobs": None, "margin": 0.0}
         _write(folder / "verify-vllm.json", {"runtime": "vLLM 0.32.0", "reference": "transformers 5.19.0",
                "passed": True, "tolerance": 8e-4, "new_tokens": 32, "updates": [], "pruned": [agreement] * 4,
@@ -136,7 +136,7 @@ def evaluation(generator: np.random.Generator, kept: float, tasks: int = 3) -> d
     }  # fmt: skip
 
 
-def _bench(sparsity: float) -> dict[str, Any]:
+def made_bench(sparsity: float) -> dict[str, Any]:
     def spread(value: float) -> dict[str, Any]:
         return {"median": value, "low": 0.97 * value, "high": 1.04 * value, "values": [value]}
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from made_runs import made_bench
 from runs import complaint, gates_of, prune_arguments, same_gates, secateur
 from secateur import pareto
 from secateur.api import open_session, prune
@@ -261,11 +262,14 @@ def test_without_matplotlib_the_table_is_there_and_one_line_says_what_to_install
 
 
 def test_time_comes_from_a_bench_of_the_size(swept, tmp_path, capsys):
-    rows = [{"metric": "prefill", "batch_size": 1, "speedup": {"median": 9.0}},
-            {"metric": "decode", "batch_size": 8, "speedup": {"median": 1.1}},
-            {"metric": "decode", "batch_size": 1, "speedup": {"median": 1.6}}]  # fmt: skip
+    found = made_bench(0.6)
+    asked = {("prefill", 1): 9.0, ("decode", 8): 1.1, ("decode", 1): 1.6}
+    found["timings"] = [
+        found["timings"][0] | {"metric": metric, "batch_size": size, "speedup": {"median": x, "low": x, "high": x}}
+        for (metric, size), x in asked.items()
+    ]
     file = swept / "sizes" / "0.6" / "bench-vllm.json"
-    file.write_text(json.dumps({"runtime": "vllm", "timings": rows}))
+    file.write_text(json.dumps(found))
     try:
         assert secateur("sizes", swept) == 0
         assert "62.5%" in capsys.readouterr().out

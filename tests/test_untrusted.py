@@ -386,7 +386,7 @@ def test_a_tokenizer_that_asks_for_code_is_refused(capsys, exported):
         assert "(auto_map of tokenizer_config.json)" in complaint(capsys, command, exported)
 
 
-def test_a_model_whose_tokenizer_is_code_of_its_own_is_refused_before_anything_is_learned(capsys, broken, text, tmp_path):
+def test_a_model_whose_tokenizer_is_code_of_its_own_is_refused_before_learning(capsys, broken, text, tmp_path):
     (broken / "own.py").write_text(
         "from transformers import PreTrainedTokenizerFast\n\n\nclass Own(PreTrainedTokenizerFast):\n    pass\n"
     )

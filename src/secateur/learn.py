@@ -9,6 +9,7 @@ Shape suffixes: N units of the whole model, B batch, T positions.
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
@@ -164,8 +165,7 @@ def learn(
 
     earlier = ranks.handed(None if checkpoints is None else checkpoints.latest(settings))
     if earlier is not None:
-        assert checkpoints is not None
-        with checkpoints.restoring():
+        with nullcontext() if checkpoints is None else checkpoints.restoring():
             optimiser.restore(earlier.tensors)
             multipliers.restore(earlier.about["guards"])
             fixing = TypeAdapter(Fixing | None).validate_python(earlier.about["fixing"])
