@@ -16,6 +16,7 @@ from safetensors import safe_open
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/tutorial.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", PAGE, flags=re.DOTALL)
+WORDS = " ".join(PAGE.split())
 PORT = "8080"
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
@@ -68,8 +69,7 @@ def test_following_the_page_prunes_and_verifies(followed: tuple[Path, str]) -> N
     run = followed[0] / "runs/first"
     assert json.loads((run / "verify.json").read_text())["passed"]
     results = json.loads((run / "eval.json").read_text())
-    removed = 1 - results["pruned"]["block_parameters"] / results["dense"]["block_parameters"]
-    assert 0.2 <= removed < 0.201
+    assert 0.799 < results["pruned"]["block_parameters"] / results["dense"]["block_parameters"] <= 0.8
     assert results["pruned"]["perplexity"] < 10 * results["dense"]["perplexity"], "the page calls it a demonstration"
     same, other = (float(ratio) for ratio in re.findall(r"perplexity .* ([\d.]+) ×", followed[1]))
     assert same < other, "the page says that another text loses more"
@@ -81,7 +81,7 @@ def test_the_page_tells_what_is_in_the_model(followed: tuple[Path, str]) -> None
     said = followed[1]
     inspected = said[: said.index("run folder:")]
     assert "30 layers" in inspected and "1,536" in inspected and "106,168,320" in inspected
-    assert "1,536 MLP channels" in PAGE and "106 of its 135 M" in PAGE
+    assert "1,536 MLP channels" in WORDS and "106 of its 135 M" in WORDS
 
 
 def test_the_page_says_what_was_removed(followed: tuple[Path, str]) -> None:
@@ -105,5 +105,5 @@ def test_both_ways_of_use_write_text(followed: tuple[Path, str]) -> None:
     folder, said = followed
     assert re.search(r"A function is called by \S", said)
     assert (folder / "runs/first/model-q8_0.gguf").is_file()
-    answer = json.loads(next(line for line in said.splitlines() if line.startswith('{"choices"')))
+    answer, _ = json.JSONDecoder().raw_decode(said[said.index('{"choices"') :])
     assert answer["choices"][0]["message"]["content"].strip()

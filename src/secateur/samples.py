@@ -3,8 +3,11 @@
 Prompts are the beginnings of windows of the evaluation text, so that the language is that of the figures, and the text
 itself goes on beside them. Greedy: always the most likely token.
 
-Shape suffixes: N prompts (windows of the text), T tokens.
+Shape suffixes: N prompts (windows of the text), T tokens, V vocabulary.
 """
+
+from inspect import signature
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,11 +42,20 @@ def greedy(model: PreTrainedModel, prompts_NT: Tensor, new_tokens: int) -> Tenso
     """The most likely tokens after prompts of one length, shape (N, new_tokens), with the cache that serving uses."""
     ids_NT, cache, written = prompts_NT.to(next(model.parameters()).device), None, []
     for _ in range(new_tokens):
-        output = model(ids_NT, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-        ids_NT = output.logits[:, -1].argmax(-1, keepdim=True)
+        logits_NTV, cache = continued(model, ids_NT, cache)
+        ids_NT = logits_NTV[:, -1].argmax(-1, keepdim=True)
         written.append(ids_NT.cpu())
     return torch.cat(written, dim=1)
+
+
+def continued(model: torch.nn.Module, ids_NT: Tensor, cache: Any) -> tuple[Tensor, Any]:
+    """Logits of tokens after those in the cache (None: there are none yet), shape (N, T, V), and the cache with them.
+
+    What transformers 5.19 calls `past_key_values` is `cache` in 5.24.
+    """
+    name = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
+    output = model(ids_NT, use_cache=True, **{name: cache})
+    return output.logits, getattr(output, name)
 
 
 def _after(tokenizer: PreTrainedTokenizerBase, prompt_T: Tensor, tokens_T: Tensor) -> str:

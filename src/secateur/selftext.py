@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from secateur.data import DATA_FORMAT, fingerprint, load_stored, store, tokenizer_fingerprint
+from secateur.samples import continued
 
 RELIABLE = 3e-5
 """Tokens less probable than this are not sampled (epsilon sampling, arXiv 2210.15191). Unlikely tokens derail a model
@@ -72,9 +73,8 @@ def _sample(
     """
     cache, ended_B = None, torch.zeros(len(ids_BT), dtype=torch.bool, device=ids_BT.device)
     while ids_BT.shape[1] < length and not ended_B.all():
-        output = model(ids_BT if cache is None else ids_BT[:, -1:], past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-        probability_BV = output.logits[:, -1].float().softmax(dim=-1)
+        logits_BTV, cache = continued(model, ids_BT if cache is None else ids_BT[:, -1:], cache)
+        probability_BV = logits_BTV[:, -1].float().softmax(dim=-1)
         unlikely_BV = probability_BV < probability_BV.amax(dim=-1, keepdim=True).clamp(max=RELIABLE)
         next_BT = torch.multinomial(probability_BV.masked_fill_(unlikely_BV, 0), 1, generator=generator)
         ids_BT = torch.cat([ids_BT, next_BT], dim=1)

@@ -7,6 +7,7 @@ import transformers
 
 from secateur.load import read_export
 from secateur.runtimes import Continuation
+from secateur.samples import continued
 
 
 def version() -> str:
@@ -28,9 +29,8 @@ def _greedy(model: torch.nn.Module, prompt: list[int], new_tokens: int) -> Conti
     written = Continuation(list(prompt), [], [])
     ids_1T, cache = torch.tensor([prompt]), None
     for _ in range(new_tokens):
-        output = model(ids_1T, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-        best, token = output.logits[0, -1].float().log_softmax(-1).topk(2)
+        logits_1TV, cache = continued(model, ids_1T, cache)
+        best, token = logits_1TV[0, -1].float().log_softmax(-1).topk(2)
         written.tokens.append(int(token[0]))
         written.logprobs.append(float(best[0]))
         written.margins.append(float(best[0] - best[1]))
