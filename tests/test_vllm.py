@@ -175,7 +175,7 @@ if __name__ == "__main__":
 
 def written_by_a_process(folder, ranks=1, trust=False, implementation="auto", **environment):
     """What vLLM says and writes in a process of its own, where it finds the plugin by its entry point."""
-    script = folder / "greedy.py"
+    script = folder.parent / "greedy.py"  # no other code lies in an export
     script.write_text(GREEDY)
     arguments = [sys.executable, str(script), str(folder), str(ranks), "trust" if trust else "", repr(PROMPTS)]
     arguments.append(implementation)
