@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from secateur import learn as learning
-from secateur import vocabulary
+from secateur import passes, vocabulary
 from secateur.budget import make_budget
 from secateur.load import autocast, load
 from secateur.recipes import RECIPES
@@ -59,7 +59,7 @@ def child(options: argparse.Namespace) -> None:
     if options.way != "chunks":
         vocabulary.LOGITS_AT_ONCE["cpu"] = vocabulary.ROWS_AT_ONCE["cpu"] = sys.maxsize
     if options.way == "by the book":
-        learning.distillation_loss = by_the_book
+        passes.distillation_loss = by_the_book
     losses: list[float] = []
     forget_peak()  # which is that of loading
     before = resident("VmRSS")

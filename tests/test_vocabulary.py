@@ -194,16 +194,16 @@ def test_the_logits_of_a_chunk_are_gone_before_the_next_ones_are_made():
         made.append(weakref.ref(by_logits_RV))
         return logits_RV.logsumexp(-1).sum(0, keepdim=True), by_logits_RV
 
-    vocabulary.in_chunks(torch.randn(3 * 256, 8, requires_grad=True), Head(WORDS, logits), work).sum().backward()
+    vocabulary.in_chunks(torch.randn(3 * 128, 8, requires_grad=True), Head(WORDS, logits), work).sum().backward()
     assert len(made) == 6
 
 
-@pytest.mark.parametrize(("words", "most", "rows"), [(49_152, 256, 250), (2**20, 64, 63), (2**27, 1, 1)])
+@pytest.mark.parametrize(("words", "most", "rows"), [(49_152, 128, 125), (2**20, 64, 63), (2**27, 1, 1)])
 def test_chunks_are_even_and_as_large_as_memory_says(words, most, rows):
     parts = list(vocabulary.given(words).chunks(1000, CPU))
     assert {part.stop - part.start for part in parts} == {rows} and len(parts) == math.ceil(1000 / most)
     assert parts[0].start == 0 and parts[-1].stop >= 1000
-    assert 4 * words * most <= 2**28 < 4 * words * (most + 1) or most in (1, 256)
+    assert 4 * words * most <= 2**28 < 4 * words * (most + 1) or most in (1, 128)
     assert not list(vocabulary.given(words).chunks(0, CPU))
 
 

@@ -32,7 +32,7 @@ LOGITS_AT_ONCE = {"cpu": 2**28, "other": 2**29}
 """Bytes that the float32 logits of a chunk may take; a loss holds about three times as much: student's, teacher's and
 gradient."""
 
-ROWS_AT_ONCE = {"cpu": 256, "other": 1024}
+ROWS_AT_ONCE = {"cpu": 128, "other": 1024}
 """Rows of a chunk, where that memory lets them be so many: with fewer the head's weights, read anew for every chunk,
 take longer than the products with them, however many words there are."""
 
