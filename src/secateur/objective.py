@@ -6,6 +6,7 @@ Shape suffixes: N units of the whole model, C constraints, B batch, T positions,
 D hidden states, or V where they are logits.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -78,6 +79,33 @@ def distillation(
     Cross-entropy and KL in one pass over the rows: the gradient is formed while the softmax is in cache. With η = 0 the
     teacher is not looked at and its KL is given as 0.
     """
+
+    def kl_of(part: slice, student: torch.Tensor, log_p: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+        log_q = F.log_softmax(teacher_RV[part].float() / temperature, dim=-1)
+        log_pt = log_p if temperature == 1.0 else F.log_softmax(student / temperature, dim=-1)
+        q = log_q.exp()
+        kl_R = (q * log_q.sub_(log_pt)).sum(-1)
+        grad.add_(grad if temperature == 1.0 else log_pt.exp(), alpha=kd_weight * temperature)
+        grad.sub_(q, alpha=kd_weight * temperature)
+        return kl_R
+
+    return _in_cache(student_RV, labels_R, weight_R, kd_weight, temperature, kl_of)
+
+
+KlOf = Callable[[slice, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Which rows, their logits, log-probabilities, and ∂L_ce by the logits but for the label, to which it adds η τ² ∂KL →
+KL of each row at temperature τ."""
+
+
+def _in_cache(
+    student_RV: torch.Tensor,
+    labels_R: torch.Tensor,
+    weight_R: torch.Tensor,
+    kd_weight: float,
+    temperature: float,
+    kl_of: KlOf,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `distillation` gives, over so few rows at a time that they stay in cache."""
     grad_RV = torch.empty_like(student_RV)
     ce = torch.zeros((), device=student_RV.device)
     kl = torch.zeros_like(ce)
@@ -88,15 +116,9 @@ def distillation(
         student, labels_R1, weight_R1 = student_RV[part].float(), labels_R[part, None], weight_R[part, None]
         log_p = F.log_softmax(student, dim=-1)
         ce -= (log_p.gather(1, labels_R1) * weight_R1).sum()
-        if kd_weight:
-            log_q = F.log_softmax(teacher_RV[part].float() / temperature, dim=-1)
-            log_pt = log_p if temperature == 1.0 else F.log_softmax(student / temperature, dim=-1)
-            q = log_q.exp()
-            kl += temperature**2 * torch.dot((q * log_q.sub_(log_pt)).sum(-1), weight_R1[:, 0])
         grad = log_p.exp()
         if kd_weight:
-            grad.add_(grad if temperature == 1.0 else log_pt.exp(), alpha=kd_weight * temperature)
-            grad.sub_(q, alpha=kd_weight * temperature)
+            kl += temperature**2 * torch.dot(kl_of(part, student, log_p, grad), weight_R1[:, 0])
         grad.scatter_add_(1, labels_R1, grad.new_full(labels_R1.shape, -1.0))
         grad_RV[part] = grad.mul_(weight_R1)
     return torch.stack([ce + kd_weight * kl, ce, kl]), grad_RV
@@ -166,30 +188,19 @@ def kept_distillation(
     KL = Σ_K q (log q − log p) + q_rest (log q_rest − log p_rest), which merging words can only lower. Its gradient by
     the student's logits, times τ, is p − q for words of K, and p (1 − q_rest / p_rest) for the others.
     """
-    grad_RV = torch.empty_like(student_RV)
-    ce = torch.zeros((), device=student_RV.device)
-    kl = torch.zeros_like(ce)
-    chunk = CHUNK_BYTES["cpu" if student_RV.device.type == "cpu" else "other"]
-    rows = max(1, chunk // (4 * student_RV.shape[1]))
-    for start in range(0, len(labels_R), rows):
-        part = slice(start, start + rows)
-        student, labels_R1, weight_R1 = student_RV[part].float(), labels_R[part, None], weight_R[part, None]
-        log_p = F.log_softmax(student, dim=-1)
-        ce -= (log_p.gather(1, labels_R1) * weight_R1).sum()
-        grad = log_p.exp()
-        if kd_weight:
-            index, log_q, rest = teacher.index_RK[part].long(), teacher.log_q_RK[part], teacher.rest_R[part]
-            log_pt = F.log_softmax(student / temperature, dim=-1)
-            log_pk, q, q_rest = log_pt.gather(1, index), log_q.exp(), rest.exp()
-            p_rest = log_pt.scatter(1, index, -torch.inf).logsumexp(-1)
-            apart = torch.where(rest.isfinite(), q_rest * (rest - p_rest), 0.0)
-            kl += temperature**2 * torch.dot((q * (log_q - log_pk)).sum(-1) + apart, weight_R1[:, 0])
-            scale = torch.where(rest.isfinite(), 1.0 - (rest - p_rest).exp(), 1.0)
-            by_kl = (log_pt.exp() * scale[:, None]).scatter_(1, index, log_pk.exp() - q)
-            grad.add_(by_kl, alpha=kd_weight * temperature)
-        grad.scatter_add_(1, labels_R1, grad.new_full(labels_R1.shape, -1.0))
-        grad_RV[part] = grad.mul_(weight_R1)
-    return torch.stack([ce + kd_weight * kl, ce, kl]), grad_RV
+
+    def kl_of(part: slice, student: torch.Tensor, _log_p: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+        index, log_q, rest = teacher.index_RK[part].long(), teacher.log_q_RK[part], teacher.rest_R[part]
+        log_pt = F.log_softmax(student / temperature, dim=-1)
+        log_pk, q, q_rest = log_pt.gather(1, index), log_q.exp(), rest.exp()
+        p_rest = log_pt.scatter(1, index, -torch.inf).logsumexp(-1)
+        apart = torch.where(rest.isfinite(), q_rest * (rest - p_rest), 0.0)
+        scale = torch.where(rest.isfinite(), 1.0 - (rest - p_rest).exp(), 1.0)
+        by_kl = (log_pt.exp() * scale[:, None]).scatter_(1, index, log_pk.exp() - q)
+        grad.add_(by_kl, alpha=kd_weight * temperature)
+        return (q * (log_q - log_pk)).sum(-1) + apart
+
+    return _in_cache(student_RV, labels_R, weight_R, kd_weight, temperature, kl_of)
 
 
 def kept_distillation_loss(
