@@ -6,7 +6,7 @@ Only safetensors and GGUF weights are read, never pickles; code from a checkpoin
 import hashlib
 import textwrap
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -247,8 +247,8 @@ def describe_pretrained(
     name: str, trust_remote_code: bool = False, attention_unit: AttentionUnit | None = None
 ) -> tuple[Description, PreTrainedConfig]:
     """What can be pruned in a model, from its configuration alone."""
-    found = _described(name, trust_remote_code)
-    return describe(found.model, attention_unit), found.config
+    config, skeleton = _skeleton(name, trust_remote_code)
+    return describe(skeleton, attention_unit), config
 
 
 def describe_selected(
@@ -260,17 +260,17 @@ def describe_selected(
     depth: Depth = "off",
 ) -> Described:
     """The same with what a run prunes alone (`selected`)."""
-    found = _described(name, trust_remote_code)
-    return replace(found, description=selected(found.model, units, attention_unit, keep, depth))
+    config, skeleton = _skeleton(name, trust_remote_code)
+    return Described(skeleton, selected(skeleton, units, attention_unit, keep, depth), config)
 
 
-def _described(name: str, trust_remote_code: bool) -> Described:
-    """Builds the model on the meta device, without weights."""
+def _skeleton(name: str, trust_remote_code: bool) -> tuple[PreTrainedConfig, PreTrainedModel]:
+    """The configuration of a model, and the model that it says, built on the meta device, without weights."""
     config = load_config_of(name, trust_remote_code)
     skeleton: PreTrainedModel = _one_line(
         lambda: _built(config, trust_remote_code), f"cannot build {name} from its configuration"
     )
-    return Described(skeleton, describe(skeleton), config)
+    return config, skeleton
 
 
 def load_config_of(name: str, trust_remote_code: bool) -> PreTrainedConfig:
