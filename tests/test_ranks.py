@@ -64,6 +64,7 @@ VARIANTS = {
     "noisy": ([], {"method": "hard-concrete", "steps": 6}),
     "half": (["--gradient-checkpointing"], {"precision": "bfloat16"}),
     "mixture": ([], {"model": "mixture", "steps": 6, "micro_batch_size": 1}),
+    "kept": (["--guard", "other.jsonl:0.1"], {"teacher": "cache", "teacher_top_k": 8, "steps": 4}),
 }
 
 
@@ -261,7 +262,7 @@ def test_a_loss_that_is_not_finite_is_said_once(base, tmp_path):
          "1 or 3, or --batch-size 8"),
         ({"batch_size": 3, "micro_batch_size": 1}, 2, "take fewer ranks, or --batch-size 4"),
         ({"batch_size": 6}, 4, "--batch-size 6 cannot be shared evenly by 4 ranks; say --batch-size 8, or start 3"),
-        ({"sparsity": None, "sweep": "0.1:0.3"}, 2, "--sweep learns on one rank, and 2 were started; start one"),
+        ({"sparsity": None, "sweep": "0.1:0.3"}, 2, "--sweep learns on one rank, not on 2; take one"),
         ({"shard": True}, 1, "--shard spreads a model over ranks: start several, with torchrun or accelerate launch"),
         ({"device": "cuda:1"}, 4, "each rank takes the CUDA device of its own number; say cuda or cpu"),
         ({"device": "cuda"}, 4, "4 ranks were started on a node of"),
