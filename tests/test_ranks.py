@@ -114,6 +114,33 @@ def test_spread_weights_give_the_same_gates(base, alone, tmp_path, name, count):
     assert same_gates(tmp_path / "run", alone(name))
 
 
+def layers_have_to_be_elsewhere():
+    from secateur import methods
+
+    load = methods.load
+
+    def watched(*arguments):
+        loaded = load(*arguments)
+        layers = loaded.model.get_submodule(loaded.description.layers)
+        assert all(p.is_meta for p in layers.parameters()), "this rank has the layers in memory"
+        return loaded
+
+    methods.load = watched
+
+
+@pytest.mark.parametrize("model", ["dense", "mixture"])
+def test_layers_are_offloaded_on_all_ranks(base, tmp_path, model):
+    options = {"steps": 3, "micro_batch_size": 1, "model": model}
+    assert secateur(*arguments(base, tmp_path / "one", **options)) == 0
+    words = arguments(base, tmp_path / "two", "--offload", "disk", **options)
+    places = {"TMPDIR": tmp_path / "scratch"}
+    places["TMPDIR"].mkdir()
+    launched = launch(2, words, tmp_path, layers_have_to_be_elsewhere, **places)
+    assert launched.ended() == [0, 0], launched.said() + launched.said(1)
+    assert same_gates(tmp_path / "one", tmp_path / "two")
+    assert not list(places["TMPDIR"].iterdir())
+
+
 def test_ranks_without_a_micro_batch_size_take_their_share_of_a_batch(base, tmp_path):
     options = {"micro_batch_size": 4, "steps": 4}
     assert secateur(*arguments(base, tmp_path / "one", **options)) == 0
