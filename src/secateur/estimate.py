@@ -30,9 +30,13 @@ from secateur.recipes import ONE_SHOT
 LIBRARIES = 0.6e9
 """Bytes of Python, PyTorch and a device's context."""
 
-HEAP = 8
-"""Layers whose activations a CPU's allocator keeps for the next step though they are gone (speed.py): measured on
-SmolLM2-135M, in float32 and bfloat16, with gradient checkpointing and without."""
+KERNELS = 0.15e9
+"""Bytes more on a CPU once layers have been computed: code that is mapped then, and buffers of its own."""
+
+HEAP = 0.23
+"""Share of what all layers keep for their own backward passes that a CPU's allocator holds though it is gone: learning
+has it give nothing back (speed.py), and holes between small objects do not fit what comes next. Fitted, with KERNELS,
+to SmolLM2-135M; benchmarks/estimate.py compares."""
 
 LINK = {"cpu": 25e9, "disk": 2e9, "ranks": 25e9}
 """Bytes a second that weights come at which lie elsewhere: over PCIe 4 × 16, from an NVMe disk, from other devices over
@@ -113,7 +117,8 @@ class Estimate:
             "a chunk of logits": float(found.logits),
             "what comes and goes": float(found.passing),
         }
-        return parts | ({"freed, but not given back": float(HEAP * found.layer)} if self.on_cpu else {})
+        freed = {"the kernels' own": KERNELS, "freed, but not given back": HEAP * len(self.layers) * found.layer}
+        return parts | (freed if self.on_cpu else {})
 
     @cached_property
     def memory(self) -> dict[str, dict[str, float]]:
