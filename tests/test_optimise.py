@@ -138,6 +138,20 @@ def test_units_that_fit_the_budget_by_sensitivity_start_whole_and_the_others_low
     assert (outside_N > 0).all() and (outside_N < 1).all()
 
 
+def test_gates_that_go_on_start_with_the_set_that_sensitivity_says_whatever_their_values():
+    optimiser = Optimiser(auto_recipe(100), budget(0.5), 100, 0, CPU)
+    density_N = torch.rand(UNITS, generator=torch.Generator().manual_seed(0)) + 0.1
+    sensitivity_N = density_N * optimiser.limits.share_N
+    within_N = largest_that_fits(density_N, budget(0.8))
+    learned_N = torch.linspace(0.3, 1.7, UNITS)
+    optimiser.go_on_from(torch.where(within_N, learned_N, 0.0), within_N)
+    optimiser.start_from(sensitivity_N, sensitivity_N)
+    inside_N = largest_that_fits(density_N, optimiser.limits)
+    assert (inside_N <= within_N).all() and (inside_N < within_N).any()
+    torch.testing.assert_close(optimiser.z_N[inside_N], learned_N[inside_N])
+    assert (optimiser.z_N[~inside_N] < 0.3).all()
+
+
 def test_fixing_keeps_the_largest_set_that_fits_and_holds_it():
     optimiser = Optimiser(auto_recipe(100), budget(0.5), 100, 0, CPU)
     advance(optimiser, optimiser.settles_at)

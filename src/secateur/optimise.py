@@ -157,15 +157,15 @@ class Optimiser:
 
         Step sizes ∝ (sensitivity a parameter)^−½, 1 for the median gate: with Adam's division by the gradient's own
         size that is a natural-gradient step. Units that the budget has no room for, by cost a parameter, start nearly
-        closed; all stay free to move, so that learning decides. Both are in nats, of shape (N,), and of gates at 1:
-        that of another gate is its square's.
+        closed; all stay free to move, so that learning decides. Both are in nats, of shape (N,), and of gates at 1,
+        where gates were learned before, too: by the squares of these, heads would go that are missed later (study.md).
         """
         cost_N = cost_N.to(self.z_N.device)
         density_N = sensitivity_N.to(self.z_N.device) / self.limits.behind_N
         relative_N = (density_N / density_N.median()).clamp(min=1e-12)
         self.step_size_N = relative_N.pow(-0.5).clamp(*STEP_SIZE_RANGE)
         if self.within_N is not None:
-            cost_N = cost_N * self.z_N.relu().square()
+            cost_N = cost_N * self.within_N
         worth_N = self.limits.per_cost(cost_N)
         inside_N = self.largest(worth_N)
         if self.limits.sublayers is not None:

@@ -154,22 +154,22 @@ def show(console: Console, results: Mapping[str, Any], path: Path) -> None:
 
 
 def table(results: Mapping[str, Any]) -> Table:
-    """A row a size; shares are of the unpruned model."""
+    """A row a size, within 80 columns; what the unpruned model itself has is in brackets."""
     timed = next((size["runtime"] for size in results["sizes"] if size["runtime"]), None)
-    found = Table(title="sizes, from the largest to the smallest, beside the unpruned model", title_justify="left")
-    columns = ["size", "loss", "× loss", "× perplexity", "parameters", "FLOPs", "KV cache", "steps", "front"]
-    columns[7:7] = [f"time ({timed})"] if timed else []
+    title = "sizes, from the largest to the smallest, as shares of the unpruned model"
+    found = Table(title=f"{title}; time in {timed}" if timed else title, title_justify="left")
+    columns = ["size", "× loss", "× ppl", "params", "FLOPs", "KV", "steps", "front"]
+    columns[6:6] = ["time"] if timed else []
     for column in columns:
-        found.add_column(column, justify="left" if column == "size" else "right", no_wrap=column == "size")
+        found.add_column(column, justify="left" if column == "size" else "right", overflow="fold")
     dense = results["dense"]
-    found.add_row("unpruned", f"{dense['loss']:.4f}", "", "", human(dense["parameters"]))
+    found.add_row("unpruned", f"({dense['loss']:.4f})", "", f"({human(dense['parameters'])})")
     for size in results["sizes"]:
         shares = size["shares"]
         percent = {kind: f"{share:.1%}" for kind, share in shares.items()}
         cells = [
-            size["name"], f"{size['loss']:.4f}", f"{shares['loss']:.3f}", f"{shares['perplexity']:.3f}",
-            f"{human(size['parameters'])}, {percent['total-params']}", percent["flops"], percent.get("kv", ""),
-            *([percent.get("time", "")] if timed else []),
+            size["name"], f"{shares['loss']:.3f}", f"{shares['perplexity']:.3f}", percent["total-params"],
+            percent["flops"], percent.get("kv", ""), *([percent.get("time", "")] if timed else []),
             "" if size["steps"] is None else str(size["steps"]), "yes" if size["front"] else "no",
         ]  # fmt: skip
         found.add_row(*cells)

@@ -3,8 +3,8 @@
 Each size is learned as a run of its share of the steps would: budget, annealing of μ, multipliers and the fixing of
 the kept set (optimise.py), so that at each size gates have been pressed to a side, and step sizes have fallen to zero,
 before they are saved. But it goes on from the gates of the size before, of which it can only close more. Sensitivity is
-measured once. The first size has nothing to go on from and gets twice the steps of the others; later step sizes are
-those that one run of all steps so far would have (docs/study.md).
+measured once. The first size has nothing to go on from and gets a third more steps than any other; later step sizes
+are those that one run of all steps so far would have (docs/study.md).
 
 A size is done when its gates are in RUN/sizes; RUN/sweep.json says which sweep they are of. So an interrupted one goes
 on with the size that was begun, to the same gates bit for bit.
@@ -40,8 +40,8 @@ def swept_runs(run: Run) -> list[Run]:
 
 
 def steps_of(steps: int, sizes: int) -> list[int]:
-    """The steps of each size: as many for all but the first, which has twice as many, and what is left over."""
-    share = max(1, steps // (sizes + 1))
+    """The steps of each size: as many for all but the first, which has a third more, and what is left over."""
+    share = max(1, 3 * steps // (3 * sizes + 1))
     return [steps - (sizes - 1) * share] + [share] * (sizes - 1)
 
 
