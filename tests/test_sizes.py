@@ -163,7 +163,7 @@ def test_learned_gates_rank_what_they_keep_first_and_the_others_by_what_they_are
         start += group.units
         for mask_N, worth_N in (
             (here_N & ~kept_N, learned.sensitivity_N),
-            (here_N & kept_N, learned.sensitivity_N * learned.value_N**2),
+            (here_N & kept_N, learned.sensitivity_N * learned.value_N),
         ):
             assert torch.equal(order_N[mask_N].argsort(), worth_N[mask_N].argsort())
 

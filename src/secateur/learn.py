@@ -261,7 +261,7 @@ def _order(optimiser: Optimiser, kept_N: torch.Tensor, groups: tuple[Group, ...]
         order_N = positions(optimiser.last_open_N, optimiser.z_N) + kept
     else:
         _, cost_N = _weighed(optimiser.sensitivity_N, groups, optimiser.recipe)
-        now_N = cost_N * torch.where(kept_N, limits.times(optimiser.values()).square(), 1.0)  # closed: would open whole
+        now_N = cost_N * torch.where(kept_N, limits.times(optimiser.values()), 1.0)  # closed: would open whole
         if sublayers is not None:
             now_N = sublayers.rescaled(cost_N, now_N)
         worth_N = limits.per_share(now_N)
