@@ -147,7 +147,7 @@ def test_experts_are_offloaded_too(tmp_path, placed):
 KINDS = {
     "tied": ("llama", {"tie_word_embeddings": True}, "off"),
     "norms behind sublayers": ("gemma2", {}, "joint"),
-    "biases, norms that read writers": ("exaone4", {}, "joint"),
+    "norms behind sublayers, no others": ("exaone4", {}, "joint"),
     "biases": ("qwen2", {}, "off"),
     "routers with buffers": (*MIXTURES["deepseek_v3"], "off"),
     "experts with biases": (*MIXTURES["gpt_oss"], "off"),
@@ -157,7 +157,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_proof_is_the_same_for_models_of_all_kinds(kind, tmp_path, monkeypatch):
+def test_the_proof_is_the_same_for_models_of_all_kinds(kind, tmp_path):
     model_type, changes, depth = KINDS[kind]
     proved_on_disk_as_in_memory(tiny(model_type, **changes), depth, tmp_path)
 
@@ -177,7 +177,7 @@ def proved_on_disk_as_in_memory(model, depth, tmp_path):
         (whole, {}),
         (load(name, "cpu", "auto", False, tmp_path / "d", described, "disk"), options),
     ):
-        exported = read_export(tmp_path / "out", torch.bfloat16, **where)
+        exported = read_export(tmp_path / "out", torch.float32, **where)
         assert any(p.is_meta for p in exported.parameters()) == bool(where)
         before = [(p.dtype, p.is_meta) for p in dense.model.parameters()]
         groups = description.groups

@@ -29,7 +29,7 @@ from secateur.describe import Description, check_causal, check_unquantised, desc
 from secateur.families import build, config_class, model_class
 from secateur.files import InputError, read_json
 from secateur.gguf_header import check_gguf
-from secateur.offloaded import weight_of
+from secateur.offloaded import forget_ties, weight_of
 from secateur.own_code import AGAIN, check_code
 from secateur.selection import AttentionUnit, Depth
 from secateur.untrusted import (
@@ -116,6 +116,7 @@ def load(
     else:  # buffers are in memory all the same, and are exported as they are there
         for buffer in (b for b in model.buffers() if b.dtype == wanted):
             buffer.data = buffer.data.to(in_memory)
+        forget_ties(model)
     return Loaded(model, tokenizer, described.description, described.checkpoint_dtype)
 
 
@@ -215,6 +216,7 @@ def read_export(folder: Path, dtype: torch.dtype, **placed: Any) -> PreTrainedMo
         )
         if found["missing_keys"]:
             raise ValueError(f"its weights lack {min(found['missing_keys'])}")
+        forget_ties(model)
         loaded: PreTrainedModel = model.eval()
         return loaded
 

@@ -57,6 +57,14 @@ def changed(model: nn.Module, changes: Mapping[str, Change]) -> Iterator[None]:
         yield
 
 
+def forget_ties(model: nn.Module) -> None:
+    """Makes weights in memory free to be cast. accelerate knows tied ones by their addresses, at which others would lie
+    once these have moved, and be taken for them. What is tied here is in memory, where it stays so by itself."""
+    for module in model.modules():
+        if ties := getattr(getattr(module, "_hf_hook", None), "tied_params_map", None):
+            ties.clear()
+
+
 def _hook(module: nn.Module) -> Any:
     """accelerate's hook of a module with offloaded parameters of its own."""
     return module._hf_hook

@@ -167,7 +167,7 @@ def verify_stage(session: Session) -> list[Comparison]:
     biases = compensation(model, groups, gates, plan.means)
     ids_NT = session.blocks.held_out_NT[:VERIFIED_ROWS]
     with session.timed("verify"):
-        exported = load_export(session, own)
+        exported = load_export(session, torch.float32)
         shapes = {name: tuple(p.shape) for name, p in exported.named_parameters()}
         if shapes != pruned_shapes(loaded.description, plan):
             raise InputError(f"{run.model} was exported from another plan; run `secateur export {run.folder}` first")

@@ -60,9 +60,11 @@ def verified(
     own: torch.dtype,
     ids_NT: torch.Tensor,
 ) -> list[Comparison]:
-    """Compares `model`, gated, with its export, whose own dtype is `own`: in that and in float32.
+    """Compares `model`, gated, with its export, whose own dtype is `own`: in that and in float32. Either's weights may
+    be offloaded.
 
-    `model` is as it was afterwards, the export's weights are float32. Either's may be offloaded.
+    `exported` was loaded in float32: what a model computes for itself when it is built (scales of embeddings) would be
+    rounded otherwise, and in `model` it is not. `model` is as it was afterwards.
     """
     exact, before = own == torch.float32, next(model.parameters()).dtype
     dense, pruned = Vocabulary(model), Vocabulary(exported)
@@ -76,6 +78,7 @@ def verified(
     try:
         if not exact:
             wide, gated = gated_in(torch.float32, False), gated_in(own, False)
+            with_weights_in(exported, own)
             chunks = side_by_side(gated, outputs_of(pruned, ids_NT), wide)
             found.append(compare(chunks, str(own).removeprefix("torch.")))
         # Where they are not exact, the export's weights are rounded after folding, and so must these be.
