@@ -110,7 +110,8 @@ def test_what_does_not_fit_is_refused_with_settings_that_would(big, capsys):
     said = complaint(capsys, "estimate", big, "--hardware", "A100-80GB", "--batch-size", 16)
     assert "this does not fit: learn takes" in said and "--gradient-checkpointing would (" in said
     assert secateur("estimate", big, "--hardware", "A100-80GB", "--batch-size", 16, "--gradient-checkpointing") == 0
-    said = complaint(capsys, "estimate", big, "--hardware", "L4")
+    assert "--offload cpu would (" in complaint(capsys, "estimate", big, "--hardware", "L4")
+    said = complaint(capsys, "estimate", big, "--hardware", "L4", "--recover", "lora")  # which takes all in memory
     assert "no settings would, but --hardware A100-80GB would" in said
 
 
@@ -126,6 +127,8 @@ def test_offloaded_layers_leave_room_and_take_time(big):
     assert offloaded.config.gradient_checkpointing
     less = sum(plain.memory["learn"].values()) - sum(offloaded.memory["learn"].values())
     assert less == pytest.approx(2 * plain.in_layers * 7 / 8)
+    for stage in ("verify", "eval"):  # of both models
+        assert sum(offloaded.memory[stage].values()) < 0.5 * sum(plain.memory[stage].values())
     small = {"batch_size": 1, "seq_len": 128, "steps": 10}
     hours = [sum(map(e.seconds, e.stages)) for e in (estimated(big, **small), estimated(big, **small, offload="cpu"))]
     assert hours[1] > 2 * hours[0], "weights come slower than a small step uses them"

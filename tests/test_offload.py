@@ -12,6 +12,7 @@ from runs import (
     complaint,
     leftovers,
     prune_arguments,
+    random_tokens,
     same_gates,
     secateur,
     small_tokenizer,
@@ -20,10 +21,12 @@ from runs import (
 )
 from secateur import session as sessions
 from secateur import stages
+from secateur.attach import attached
 from secateur.depth import with_depth
 from secateur.describe import describe
 from secateur.export import export
 from secateur.load import describe_selected, load, places, read_export
+from secateur.passes import recomputing
 from secateur.verify import verified
 from test_families import MIXTURES, WHOLE
 from tiny import random_plan, tiny, tokens
@@ -94,10 +97,20 @@ def test_a_run_is_the_ordinary_one_and_leaves_the_layers_of_both_models_on_disk_
     assert not leftovers(tmp_path / "run")
 
 
-def test_so_do_its_stages_by_themselves_and_those_of_a_model_that_does_not_fit(made, tmp_path, placed, monkeypatch):
-    offloaded = shutil.copytree(made[2], tmp_path / "offloaded")
-    config = offloaded / "config.yaml"
-    config.write_text(config.read_text().replace("offload: none", "offload: disk"))
+@pytest.fixture
+def offloaded(made, tmp_path):
+    """The ordinary run, as if it had been made with `--offload disk`."""
+    run = shutil.copytree(made[2], tmp_path / "offloaded")
+    config = run / "config.yaml"
+    said = config.read_text()
+    assert "offload: none" in said
+    config.write_text(said.replace("offload: none", "offload: disk"))
+    return run
+
+
+def test_so_do_its_stages_by_themselves_and_those_of_a_model_that_does_not_fit(
+    made, offloaded, tmp_path, placed, monkeypatch
+):
     ordinary = shutil.copytree(made[2], tmp_path / "ordinary")
     values = sum(t.numel() for t in load_file(made[0] / "model.safetensors").values())
     for run, free in ((offloaded, 1e12), (ordinary, 3 * values)):
@@ -120,13 +133,12 @@ def test_a_model_that_fits_alone_leaves_the_layers_of_its_export_on_disk(made, t
     assert [model["layers"] for model in placed] == [False, True]
 
 
-def test_a_wrong_weight_does_not_pass(made, tmp_path):
-    assert pruned(made, tmp_path / "run", offload="disk") == 0
-    path = tmp_path / "run" / "model" / "model.safetensors"
+def test_a_wrong_weight_does_not_pass(offloaded):
+    path = offloaded / "model" / "model.safetensors"
     tensors = load_file(path)
     tensors["model.layers.1.mlp.down_proj.weight"][3, 0] += 0.5
     save_file(tensors, path, metadata={"format": "pt"})
-    assert secateur("verify", tmp_path / "run") == 1
+    assert secateur("verify", offloaded) == 1
 
 
 def test_experts_are_offloaded_too(tmp_path, placed):
@@ -142,6 +154,33 @@ def test_experts_are_offloaded_too(tmp_path, placed):
     assert same_gates(tmp_path / "a", tmp_path / "b")
     assert same_results(tmp_path / "b", tmp_path / "a")
     assert not leftovers(tmp_path / "b")
+
+
+def test_no_weight_of_a_layer_stays_in_memory_when_gradients_have_been_computed(made, tmp_path):
+    found = []
+    for where in ((), (tmp_path / "scratch", None, "disk")):
+        loaded = load(str(made[0]), "cpu", "auto", False, *where)
+        groups = loaded.description.groups
+        gates = {g.name: torch.full((g.units,), 0.7, requires_grad=True) for g in groups}
+        with attached(loaded.model, groups, gates):
+            with recomputing(loaded.model, True):
+                loss = loaded.model(random_tokens(2, 8), use_cache=False).logits.square().mean()
+            found.append(torch.cat(torch.autograd.grad(loss, gates.values())))
+        assert all(p.is_meta == bool(where) for n, p in loaded.model.named_parameters() if ".layers." in n)
+    assert torch.equal(*found)
+
+
+def test_many_sizes_are_learned_one_after_the_other(made, tmp_path, placed):
+    words = ["--sweep", "0.2:0.4", "--pick", "loss<=9"]
+    for name, offload in (("a", "none"), ("b", "disk")):
+        arguments = prune_arguments(*made[:2], tmp_path / name, precision="float32", offload=offload)
+        i = arguments.index("--sparsity")
+        assert secateur(*arguments[:i], *arguments[i + 2 :], *words) == 0
+    sizes = [path.relative_to(tmp_path / "a") for path in (tmp_path / "a").glob("sizes/0.*")]
+    assert len(sizes) == 3 and all(same_gates(tmp_path / "a" / size, tmp_path / "b" / size) for size in sizes)
+    half = len(placed) // 2
+    assert not any(model["layers"] for model in placed[:half]) and all(model["layers"] for model in placed[half:])
+    assert same_results(tmp_path / "b" / "sizes" / "0.4", tmp_path / "a" / "sizes" / "0.4")
 
 
 KINDS = {
@@ -200,14 +239,14 @@ def test_what_makes_no_sense_is_one_line(made, tmp_path, capsys):
 
 @pytest.mark.parametrize(("words", "command"), [(["--recover", "lora"], "recover"), (["--refit"], "refit")])
 def test_weights_are_changed_in_memory_alone_which_is_said_before_anything_is_learned(
-    made, tmp_path, capsys, placed, words, command
+    made, offloaded, tmp_path, capsys, placed, words, command
 ):
     said = complaint(capsys, *prune_arguments(*made[:2], tmp_path / "run", offload="disk"), *words)
     assert f"--{command} changes weights" in said and f"`secateur {command} RUN`" in said
     assert not (tmp_path / "run").exists()
-    assert pruned(made, tmp_path / "run", offload="disk") == 0
-    placed.clear()
     more = words if command == "recover" else []
-    assert secateur(command, tmp_path / "run", *more) == 0
+    assert secateur(command, offloaded, *more) == 0
     assert placed and not any(model["layers"] for model in placed)
-    assert secateur("eval", tmp_path / "run") == 0
+    placed.clear()
+    assert secateur("eval", offloaded) == 0
+    assert all(model["layers"] for model in placed)

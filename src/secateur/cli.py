@@ -389,9 +389,12 @@ def _errors_in_lines() -> Iterator[None]:
 
 def _prepare() -> None:
     """Quietens libraries whose bars and notices would break ours, and sets up the CPU."""
+    from logging import getLogger
+
     import torch
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    getLogger("accelerate").setLevel("ERROR")  # which says that weights are where --offload leaves them
     torch.set_flush_denormal(True)

@@ -252,12 +252,12 @@ class Config:
         for option, wanted in (("--offload", self.offload != "none"), ("--teacher cache", self.teacher == "cache")):
             if self.shard and wanted:
                 raise InputError(f"--shard has all ranks compute the same layers at once; leave it or {option} out")
-        for option, wanted in (("--refit", self.refit), ("--recover", self.recover)):
-            if wanted and self.offload != "none":
-                raise InputError(
-                    f"{option} changes weights, which takes the whole model in memory, so --offload contradicts it; "
-                    f"leave it out here, and run `secateur {option[2:]} RUN` where there is memory"
-                )
+        changes = [name for name in ("refit", "recover") if getattr(self, name)]
+        if changes and self.offload != "none":
+            raise InputError(
+                f"--{changes[0]} changes weights, which takes the whole model in memory, so --offload contradicts it; "
+                f"leave it out here, and run `secateur {changes[0]} RUN` where there is memory"
+            )
         policy = policy_of(self.shape)
         self.shape = str(policy)
         self.keep = kept_words(self.keep)

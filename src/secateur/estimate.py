@@ -103,6 +103,13 @@ class Estimate:
         inside = f"{self.description.layers}."
         return sum(prod(shape) for name, shape in self.description.shapes.items() if name.startswith(inside))
 
+    def present(self, parameters: float) -> float:
+        """Those of a model's parameters that are in memory at once: all, or with `--offload` of one layer only."""
+        if self.config.offload == "none":
+            return parameters
+        outside = self.parameters - self.in_layers
+        return outside + (parameters - outside) / self.description.layer_count
+
     @cached_property
     def step(self) -> Footprint:
         """Activations of a learning step."""
@@ -116,12 +123,10 @@ class Estimate:
     def memory(self) -> dict[str, dict[str, float]]:
         """Stage → part → bytes on the device."""
         c, units = self.config, sum(g.units for g in self.description.groups)
-        dense = float(self.dtype.itemsize * self.parameters)
-        weights = {"weights, which are the teacher's, too": dense, "libraries": LIBRARIES}
-        learning = weights
-        if c.offload != "none":
-            present = dense - self.dtype.itemsize * self.in_layers * (1 - 1 / self.description.layer_count)
-            learning = {f"weights but for layers on {c.offload}": present, "libraries": LIBRARIES}
+        size, where = float(self.dtype.itemsize), "" if c.offload == "none" else f" but for layers on {c.offload}"
+        dense, kept = self.present(self.parameters), self.present(self.kept)
+        weights = {(where and f"weights{where}") or "weights, which are the teacher's, too": size * dense}
+        weights |= {"libraries": LIBRARIES}
         step = {
             "activations": float(self.step.activations),
             "a chunk of logits": float(self.step.logits),
@@ -131,16 +136,16 @@ class Estimate:
             step["freed, but not given back"] = float(HEAP * self.step.layer)
         found = {}
         if c.method not in ONE_SHOT:
-            found["learn"] = learning | step | {"gates and their optimiser": 40.0 * units}
+            found["learn"] = weights | step | {"gates and their optimiser": 40.0 * units}
         found["verify"] = {
-            "weights in float32": 4.0 * self.parameters, "the export's": 4.0 * self.kept, "libraries": LIBRARIES
+            f"weights in float32{where}": 4.0 * dense, "the export's": 4.0 * kept, "libraries": LIBRARIES
         }  # fmt: skip
         if c.recover:
-            each = 16.0 if c.recover == "full" else float(self.dtype.itemsize)
+            each = 16.0 if c.recover == "full" else size
             what = "the export's, gradients, moments" if c.recover == "full" else "the export's"
             found["recover"] = weights | {what: each * self.kept} | step
         found["eval"] = weights | {
-            "the export's": self.dtype.itemsize * self.kept,
+            "the export's": size * kept,
             "a chunk of logits": step["a chunk of logits"],
         }
         return found
@@ -196,8 +201,10 @@ class Estimate:
         by_flops = stage.flops / (self.hardware.rate * UTILISATION[self.hardware.kind])
         rows = self.rows * self.config.seq_len
         by_bytes = 3 * self.parameters * self.dtype.itemsize * stage.tokens / rows / self.hardware.bandwidth
-        offloaded = self.config.offload if stage.name in ("learning", "sensitivity") else "none"
-        by_link = 3 * self.in_layers * self.dtype.itemsize * stage.tokens / rows / LINK.get(offloaded, float("inf"))
+        reads = 3 * stage.tokens / rows  # of all layers
+        if stage.name == "evaluation":  # of a window a pass
+            reads = stage.tokens / (self.config.eval_length if self.config.eval_data else self.config.seq_len)
+        by_link = reads * self.in_layers * self.dtype.itemsize / LINK.get(self.config.offload, float("inf"))
         return max(by_flops, by_bytes, by_link)
 
 
@@ -309,7 +316,7 @@ def _smaller(found: Estimate) -> Iterator[tuple[str, Estimate]]:
         changes.append(("--dtype bfloat16", {"dtype": "bfloat16"}))
     if found.rows > 1:
         changes.append(("--micro-batch-size 1", {"micro_batch_size": 1}))
-    if c.offload == "none":
+    if c.offload == "none" and c.method not in ONE_SHOT and not (c.refit or c.recover):
         where = "disk" if found.hardware.kind == "cpu" else "cpu"
         changes.append((f"--offload {where}", {"offload": where}))
     for word, change in changes:
