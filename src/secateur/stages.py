@@ -3,6 +3,7 @@
 `remaining_stages` is all of them in a row with the model loaded once. The command line only parses and prints.
 """
 
+import gc
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -148,6 +149,7 @@ def load_export(session: Session, dtype: torch.dtype) -> PreTrainedModel:
     """The exported model as its user loads it; the code it runs is Secateur's own modelling file."""
     folder = checked_export(session.run)
     device = next(session.loaded.model.parameters()).device
+    gc.collect()  # an earlier one with offloaded weights, which accelerate's hooks tie to itself
     if placed := session.export_placed(device):
         return read_export(folder, dtype, **placed)
     return read_export(folder, dtype).to(device)
