@@ -5,6 +5,8 @@ import shutil
 
 import pytest
 import torch
+from accelerate.hooks import attach_align_device_hook
+from accelerate.utils import OffloadedWeightsLoader
 from safetensors.torch import load_file, save_file
 
 from runs import (
@@ -26,8 +28,9 @@ from secateur.depth import with_depth
 from secateur.describe import describe
 from secateur.export import export
 from secateur.load import describe_selected, load, places, read_export
+from secateur.offloaded import weight_of
 from secateur.passes import recomputing
-from secateur.verify import verified
+from secateur.verify import verified, with_weights_in
 from test_families import MIXTURES, WHOLE
 from tiny import random_plan, tiny, tokens
 
@@ -226,6 +229,27 @@ def proved_on_disk_as_in_memory(model, depth, tmp_path):
         assert in_memory.passed and on_disk.passed
         assert on_disk.max_difference == pytest.approx(in_memory.max_difference, rel=0.1, abs=2e-6)
         assert on_disk.allowed == pytest.approx(in_memory.allowed, rel=1e-3)
+
+
+def test_so_it_is_for_layers_in_the_memory_of_a_processor(tmp_path):
+    """What `--offload cpu` does for an accelerator, with the processor in its place: values lie in a dictionary."""
+    dense = with_weights_in(with_weights_in(tiny("gemma2"), torch.bfloat16), torch.float32)
+    description = with_depth(describe(dense), dense, "joint")
+    plan, groups = random_plan(description), description.groups
+    export(dense, None, description, plan, tmp_path / "out", dtype=torch.bfloat16)
+    models = dense, read_export(tmp_path / "out", torch.float32)
+    arguments = groups, plan.gates(groups), {}, torch.bfloat16, tokens()
+    in_memory = verified(*models, *arguments)
+    for model in models:
+        layers = OffloadedWeightsLoader(state_dict={name: t.clone() for name, t in model.state_dict().items()})
+        attach_align_device_hook(model.model.layers, "cpu", True, layers, module_name="model.layers")
+        assert model.model.layers[0].mlp.down_proj.weight.is_meta
+    writer = "model.layers.1.mlp.down_proj.weight"
+    assert torch.equal(weight_of(models[1], writer), layers[writer])
+    again = verified(*models, *arguments)
+    for before, found in zip(in_memory, again, strict=True):
+        assert before.passed and found.passed
+        assert found.max_difference == pytest.approx(before.max_difference, rel=0.1, abs=2e-6)
 
 
 def test_what_makes_no_sense_is_one_line(made, tmp_path, capsys):

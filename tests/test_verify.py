@@ -7,7 +7,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from runs import described, prune_arguments, random_tokens, secateur, small_llama, write_checkpoint, write_texts
+from runs import (
+    SIZES,
+    described,
+    prune_arguments,
+    random_tokens,
+    secateur,
+    small_llama,
+    small_tokenizer,
+    write_checkpoint,
+    write_texts,
+)
 from secateur import verify
 from secateur.attach import attached, writer
 from secateur.files import InputError
@@ -15,7 +25,7 @@ from secateur.run import open_run
 from secateur.session import Session
 from secateur.stages import VerificationFailed, eval_stage, verify_stage
 from secateur.verify import compare, folded
-from tiny import dense_logits
+from tiny import dense_logits, tiny
 
 LOGITS = 5 * torch.randn(2, 6, 30, generator=torch.Generator().manual_seed(0))
 
@@ -124,6 +134,15 @@ def test_a_run_of_either_dtype_passes_and_is_compared_in_its_own_dtype_and_in_fl
     own = [] if dtype == torch.float32 else ["bfloat16"]
     assert [c["dtype"] for c in verified["comparisons"]] == [*own, "float32"]
     assert all(t.dtype == dtype for t in load_file(folder / "model" / "model.safetensors").values())
+
+
+def test_what_a_narrow_model_computes_when_it_is_built_is_not_rounded(tmp_path):
+    """Gemma's scale of embeddings, √63, is no number in bfloat16."""
+    model = tiny("gemma2", hidden_size=63, vocab_size=SIZES["vocab_size"]).bfloat16()
+    model.save_pretrained(tmp_path / "dense")
+    small_tokenizer().save_pretrained(tmp_path / "dense")
+    texts = write_texts(tmp_path / "text.jsonl")
+    assert secateur(*prune_arguments(tmp_path / "dense", texts, tmp_path / "run")) == 0
 
 
 @pytest.mark.parametrize("value", [0.5, float("nan"), float("inf")])
