@@ -1,5 +1,6 @@
 """Settings of all tests (one thread, no bars, their own cache for code in checkpoints), and a finished tiny run."""
 
+import atexit
 import os
 import shutil
 import tempfile
@@ -16,6 +17,7 @@ import transformers
 from runs import prune_arguments, secateur, write_checkpoint, write_texts
 from secateur import files
 
+atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

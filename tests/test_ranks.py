@@ -64,6 +64,7 @@ VARIANTS = {
     "noisy": ([], {"method": "hard-concrete", "steps": 6}),
     "half": (["--gradient-checkpointing"], {"precision": "bfloat16"}),
     "mixture": ([], {"model": "mixture", "steps": 6, "micro_batch_size": 1}),
+    "kept": (["--guard", "other.jsonl:0.1"], {"teacher": "cache", "teacher_top_k": 8, "steps": 4}),
 }
 
 
@@ -111,6 +112,33 @@ def test_spread_weights_give_the_same_gates(base, alone, tmp_path, name, count):
     launched = launch(count, variant(base, tmp_path / "run", name, "--shard"), tmp_path)
     assert launched.ended() == [0] * count, launched.said()
     assert same_gates(tmp_path / "run", alone(name))
+
+
+def layers_have_to_be_elsewhere():
+    from secateur import methods
+
+    load = methods.load
+
+    def watched(*arguments):
+        loaded = load(*arguments)
+        layers = loaded.model.get_submodule(loaded.description.layers)
+        assert all(p.is_meta for p in layers.parameters()), "this rank has the layers in memory"
+        return loaded
+
+    methods.load = watched
+
+
+@pytest.mark.parametrize("model", ["dense", "mixture"])
+def test_layers_are_offloaded_on_all_ranks(base, tmp_path, model):
+    options = {"steps": 3, "micro_batch_size": 1, "model": model}
+    assert secateur(*arguments(base, tmp_path / "one", **options)) == 0
+    words = arguments(base, tmp_path / "two", "--offload", "disk", **options)
+    places = {"TMPDIR": tmp_path / "scratch"}
+    places["TMPDIR"].mkdir()
+    launched = launch(2, words, tmp_path, layers_have_to_be_elsewhere, **places)
+    assert launched.ended() == [0, 0], launched.said() + launched.said(1)
+    assert same_gates(tmp_path / "one", tmp_path / "two")
+    assert not list(places["TMPDIR"].iterdir())
 
 
 def test_ranks_without_a_micro_batch_size_take_their_share_of_a_batch(base, tmp_path):
@@ -261,7 +289,7 @@ def test_a_loss_that_is_not_finite_is_said_once(base, tmp_path):
          "1 or 3, or --batch-size 8"),
         ({"batch_size": 3, "micro_batch_size": 1}, 2, "take fewer ranks, or --batch-size 4"),
         ({"batch_size": 6}, 4, "--batch-size 6 cannot be shared evenly by 4 ranks; say --batch-size 8, or start 3"),
-        ({"sparsity": None, "sweep": "0.1:0.3"}, 2, "--sweep learns on one rank, and 2 were started; start one"),
+        ({"sparsity": None, "sweep": "0.1:0.3"}, 2, "--sweep learns on one rank, not on 2; take one"),
         ({"shard": True}, 1, "--shard spreads a model over ranks: start several, with torchrun or accelerate launch"),
         ({"device": "cuda:1"}, 4, "each rank takes the CUDA device of its own number; say cuda or cpu"),
         ({"device": "cuda"}, 4, "4 ranks were started on a node of"),

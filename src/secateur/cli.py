@@ -101,7 +101,7 @@ def estimate(options: Estimate) -> None:
     if options.sparsity is None and not options.budget and options.sweep is None:
         values["sparsity"] = 0.5
     config = Config(**values)
-    found = estimating.estimate(config, options.hardware)
+    found = estimating.estimate(config, options.hardware, options.devices)
     for table in estimating.tables(found):
         console.print(table)
     estimating.check_fit(found)

@@ -1,39 +1,53 @@
 """What a run would take, before anything but the configuration is downloaded: memory by part, tokens a second, hours.
 
-Memory is that of a step without values (footprint.py); time is FLOPs by the rate of the hardware, by its data sheet or
-measured here. Serves `secateur estimate MODEL`, which ends with exit code 2 where the run would not fit.
+Memory is that of a step without values (footprint.py); time is FLOPs by the rate of the hardware (devices.py). Serves
+`secateur estimate MODEL`, which ends with exit code 2 where the run would not fit.
+
+With several devices it is as with several ranks (ranks.py, sharding.py): learning is shared, all else is done by the
+first one; with `--shard` by its processor, where the whole model lies.
 """
 
-import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 
 import torch
-import torch.nn.functional as F
 from rich.table import Table
 
 from secateur.card import human
 from secateur.config import Config
+from secateur.devices import SHEET, Hardware, hardware_of
 from secateur.files import InputError
-from secateur.footprint import Footprint, footprint
+from secateur.footprint import footprint
 from secateur.guard import read_guards
-from secateur.hardware import free_memory
 from secateur.ideal import CONTEXT, HEAD, MAPS, cost_of
-from secateur.load import Described, autocast, describe_selected, learning_dtype, pick_device
+from secateur.load import Described, describe_selected, learning_dtype
+from secateur.ranks import check_count
 from secateur.recipes import ONE_SHOT
-from secateur.vocabulary import ROWS_AT_ONCE
 
 LIBRARIES = 0.6e9
 """Bytes of Python, PyTorch and a device's context."""
 
-HEAP = 8
-"""Layers whose activations a CPU's allocator keeps for the next step though they are gone (speed.py): measured on
-SmolLM2-135M, in float32 and bfloat16, with gradient checkpointing and without."""
+KERNELS = 0.15e9
+"""Bytes more on a CPU once layers have been computed: code that is mapped then, and buffers of its own."""
 
-LINK = {"cpu": 25e9, "disk": 2e9}
-"""Bytes a second that offloaded weights come at: over PCIe 4 × 16, from an NVMe disk."""
+HEAP = 0.23
+"""Share of what all layers keep for their own backward passes that a CPU's allocator holds though it is gone: learning
+has it give nothing back (speed.py), and holes between small objects do not fit what comes next. Fitted, with KERNELS,
+to SmolLM2-135M; benchmarks/estimate.py compares."""
+
+LINK = {"cpu": 25e9, "disk": 2e9, "ranks": 25e9}
+"""Bytes a second that weights come at which lie elsewhere: over PCIe 4 × 16, from an NVMe disk, from other devices over
+PCIe again, as not all have a faster link."""
+
+GATHERED = 2
+"""Layers that a device has whole at once with `--shard`: FSDP2 gathers a layer's weights into one piece, from which it
+takes the weights; each layer is gathered by itself (sharding.py), none ahead of its turn."""
+
+MOST_DEVICES = 8
+"""Devices of a node, up to which more of them are suggested."""
 
 USABLE = 0.95
 """Share of a device's memory that allocations can fill; the rest is lost between them."""
@@ -41,35 +55,6 @@ USABLE = 0.95
 UTILISATION = {"cpu": 0.75, "other": 0.4}
 """Share of the hardware's rate of products that a step reaches: on a CPU of that of the model's own products, as
 measured; on a GPU of the data sheet's, as a rule of thumb (no GPU was at hand to measure it)."""
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """A device that learns."""
-
-    name: str
-    memory: float
-    """Bytes."""
-    rate: float
-    """FLOPs a second of products in the run's dtype."""
-    bandwidth: float
-    """Bytes a second from its memory."""
-    kind: str = "other"
-
-
-SHEET: dict[str, tuple[float, float, float, float]] = {
-    "A100-40GB": (40, 312, 19.5, 1555),
-    "A100-80GB": (80, 312, 19.5, 2039),
-    "H100": (80, 989, 67, 3350),
-    "H200": (141, 989, 67, 4800),
-    "B200": (180, 2250, 80, 8000),
-    "L4": (24, 121, 30.3, 300),
-    "L40S": (48, 362, 91.6, 864),
-    "RTX-3090": (24, 71, 35.6, 936),
-    "RTX-4090": (24, 165, 82.6, 1008),
-    "MI300X": (192, 1307, 163, 5300),
-}
-"""Name → GB, TFLOP/s of dense products in bfloat16 and in float32, GB/s, by the makers' data sheets."""
 
 
 @dataclass(frozen=True)
@@ -82,68 +67,86 @@ class Stage:
 
 
 class Estimate:
-    """What a run with some settings would take on some hardware."""
+    """What a run with some settings would take on some devices of one kind."""
 
-    def __init__(self, config: Config, described: Described, hardware: Hardware, products: torch.dtype) -> None:
+    def __init__(
+        self, config: Config, described: Described, hardware: Hardware, products: torch.dtype, devices: int = 1
+    ) -> None:
         self.config, self.described, self.hardware, self.products = config.resolved(), described, hardware, products
+        self.devices, self.on_cpu = devices, hardware.kind == "cpu"
         self.description = described.description
         shapes, asked = self.description.shapes, config.sparsity or 0.0
         self.parameters = sum(map(prod, shapes.values()))
         self.kept = self.parameters - asked * self.description.unit_parameters
-        self.dtype = learning_dtype(described, torch.device("cpu" if hardware.kind == "cpu" else "meta"), config.dtype)
+        self.dtype = learning_dtype(described, torch.device("cpu" if self.on_cpu else "meta"), config.dtype)
 
     @property
     def rows(self) -> int:
-        """Sequences that go through the model at once."""
-        return self.config.micro_batch_size or self.config.batch_size
+        """Sequences that go through the model at once, on each device."""
+        return self.config.rows_a_pass(self.devices) or self.config.batch_size
+
+    @property
+    def learns(self) -> bool:
+        """Whether gates are learned, rather than units scored once."""
+        return self.config.method not in ONE_SHOT
+
+    @cached_property
+    def layers(self) -> list[int]:
+        """Parameters of each decoder layer."""
+        inside, found = f"{self.description.layers}.", dict[str, int]()
+        for name, shape in self.description.shapes.items():
+            if name.startswith(inside):
+                layer = name.removeprefix(inside).partition(".")[0]
+                found[layer] = found.get(layer, 0) + prod(shape)
+        return list(found.values())
 
     @property
     def in_layers(self) -> int:
         """Parameters of the decoder layers."""
-        inside = f"{self.description.layers}."
-        return sum(prod(shape) for name, shape in self.description.shapes.items() if name.startswith(inside))
+        return sum(self.layers)
+
+    def step(self, rows: int, checkpointing: bool) -> dict[str, float]:
+        """Part → bytes of the activations of a step over so many rows at once."""
+        c = self.config
+        found = footprint(
+            self.described.config, self.description.groups, rows, c.seq_len, self.dtype, self.products, checkpointing,
+            self.hardware.kind, c.trust_remote_code, c.shard,
+        )  # fmt: skip
+        parts = {
+            "activations": float(found.activations),
+            "a chunk of logits": float(found.logits),
+            "what comes and goes": float(found.passing),
+        }
+        freed = {"the kernels' own": KERNELS, "freed, but not given back": HEAP * len(self.layers) * found.layer}
+        return parts | (freed if self.on_cpu else {})
 
     def present(self, parameters: float) -> float:
         """Those of a model's parameters that are in memory at once: all, or with `--offload` of one layer only."""
         if self.config.offload == "none":
             return parameters
         outside = self.parameters - self.in_layers
-        return outside + (parameters - outside) / self.description.layer_count
+        return outside + (parameters - outside) / len(self.layers)
 
     @cached_property
-    def step(self) -> Footprint:
-        """Activations of a learning step."""
-        c = self.config
-        return footprint(
-            self.described.config, self.description.groups, self.rows, c.seq_len, self.dtype, self.products,
-            c.gradient_checkpointing, self.hardware.kind, c.trust_remote_code,
-        )  # fmt: skip
-
-    @property
     def memory(self) -> dict[str, dict[str, float]]:
-        """Stage → part → bytes on the device."""
+        """Stage → part → bytes on a device that does it."""
         c, units = self.config, sum(g.units for g in self.description.groups)
-        size, where = float(self.dtype.itemsize), "" if c.offload == "none" else f" but for layers on {c.offload}"
+        size, but = float(self.dtype.itemsize), "" if c.offload == "none" else f" but for layers on {c.offload}"
         dense, kept = self.present(self.parameters), self.present(self.kept)
-        weights = {(where and f"weights{where}") or "weights, which are the teacher's, too": size * dense}
+        weights = {f"weights{but}" if but else "weights, which are the teacher's, too": size * dense}
         weights |= {"libraries": LIBRARIES}
-        step = {
-            "activations": float(self.step.activations),
-            "a chunk of logits": float(self.step.logits),
-            "what comes and goes": float(self.step.passing),
-        }
-        if self.hardware.kind == "cpu":
-            step["freed, but not given back"] = float(HEAP * self.step.layer)
+        step = self.step(self.rows, c.gradient_checkpointing)
         found = {}
-        if c.method not in ONE_SHOT:
-            found["learn"] = weights | step | {"gates and their optimiser": 40.0 * units}
+        if self.learns:
+            gates = {"gates and their optimiser": 40.0 * units}
+            found["learn"] = self._learning_weights | {"libraries": LIBRARIES} | step | gates
         found["verify"] = {
-            f"weights in float32{where}": 4.0 * dense, "the export's": 4.0 * kept, "libraries": LIBRARIES
+            f"weights in float32{but}": 4.0 * dense, "the export's": 4.0 * kept, "libraries": LIBRARIES
         }  # fmt: skip
         if c.recover:
             each = 16.0 if c.recover == "full" else size
             what = "the export's, gradients, moments" if c.recover == "full" else "the export's"
-            found["recover"] = weights | {what: each * self.kept} | step
+            found["recover"] = weights | {what: each * self.kept} | self.step(c.batch_size, False)
         found["eval"] = weights | {
             "the export's": size * kept,
             "a chunk of logits": step["a chunk of logits"],
@@ -151,9 +154,45 @@ class Estimate:
         return found
 
     @property
+    def _learning_weights(self) -> dict[str, float]:
+        """Part → bytes of the weights that a device holds while gates are learned."""
+        c, each = self.config, float(self.dtype.itemsize)
+        outside = each * (self.parameters - self.in_layers)
+        if c.shard:
+            return {
+                "weights outside of layers, on every device": outside,
+                f"1 / {self.devices} of the layers' weights": each * self.in_layers / self.devices,
+                "a layer's weights, gathered": each * GATHERED * max(self.layers),
+            }
+        if c.offload != "none":
+            return {f"weights but for layers on {c.offload}": each * self.present(self.parameters)}
+        return {"weights, which are the teacher's, too": each * self.parameters}
+
+    def where(self, stage: str) -> str:
+        """On what a stage is done that takes memory; nothing where there is one device only."""
+        if self.devices == 1:
+            return ""
+        what = "process" if self.on_cpu else "device"
+        if stage == "learn":
+            return f"on each of {self.devices} {'processes' if self.on_cpu else 'devices'}"
+        return "on the first rank's CPU" if self.config.shard and not self.on_cpu else f"on the first {what}"
+
+    def shared_memory(self, stage: str) -> bool:
+        """Whether several do a stage in one memory: processes on a CPU."""
+        return stage == "learn" and self.on_cpu and self.devices > 1
+
+    def held(self, stage: str) -> float:
+        """Bytes of a stage in the memory that the hardware has, which processes of a CPU share; 0 for what is done
+        elsewhere."""
+        whole, spread = sum(self.memory[stage].values()), self.config.shard
+        if self.shared_memory(stage):
+            return self.devices * whole + (self.dtype.itemsize * self.parameters if spread else 0.0)
+        return 0.0 if spread and stage != "learn" and not self.on_cpu else whole
+
+    @property
     def peak(self) -> tuple[str, float]:
         """The stage that takes the most, and how much."""
-        totals = {stage: sum(parts.values()) for stage, parts in self.memory.items()}
+        totals = {stage: self.held(stage) for stage in self.memory}
         stage = max(totals, key=lambda name: totals[name])
         return stage, totals[stage]
 
@@ -183,10 +222,8 @@ class Estimate:
 
         found = []
         if c.scored_rows:
-            found.append(
-                passes("sensitivity" if c.method not in ONE_SHOT else "scores", texts * c.scored_rows, c.seq_len, 2)
-            )
-        if c.method not in ONE_SHOT:
+            found.append(passes("sensitivity" if self.learns else "scores", texts * c.scored_rows, c.seq_len, 2))
+        if self.learns:
             found.append(passes("learning", texts * c.steps * c.batch_size, c.seq_len, 3))
         if c.recover:
             rows = (c.recover_steps or c.steps) * c.batch_size
@@ -196,99 +233,34 @@ class Estimate:
         found.append(passes("evaluation", 2 * windows + 4 * c.held_out_tokens / length, length, 1))
         return found
 
-    def seconds(self, stage: Stage) -> float:
-        """By the rate of products, and by the weights that each pass reads."""
-        by_flops = stage.flops / (self.hardware.rate * UTILISATION[self.hardware.kind])
-        rows = self.rows * self.config.seq_len
-        by_bytes = 3 * self.parameters * self.dtype.itemsize * stage.tokens / rows / self.hardware.bandwidth
-        reads = 3 * stage.tokens / rows  # of all layers
-        if stage.name == "evaluation":  # of a window a pass
-            reads = stage.tokens / (self.config.eval_length if self.config.eval_data else self.config.seq_len)
-        by_link = reads * self.in_layers * self.dtype.itemsize / LINK.get(self.config.offload, float("inf"))
-        return max(by_flops, by_bytes, by_link)
-
-
-# --- hardware --------------------------------------------------------------------------------------------------------
-
-
-def hardware_of(name: str, config: Config, described: Described) -> tuple[Hardware, torch.dtype]:
-    """The hardware of a name, or `present`, and the dtype of its products for these settings."""
-    known = {key.casefold(): key for key in SHEET}
-    if name == "present":
-        return _present(config, described)
-    if name.casefold() not in known:
-        raise InputError(f"--hardware {name} is not known; there are present, {', '.join(SHEET)}")
-    name = known[name.casefold()]
-    gigabytes, low, full, bandwidth = SHEET[name]
-    products = torch.float32 if config.precision == "float32" else torch.bfloat16
-    if config.precision == "float32" and config.dtype != "float32":
-        products = learning_dtype(described, torch.device("meta"), config.dtype)
-    rate = full if products == torch.float32 else low
-    return Hardware(name, gigabytes * 1e9, rate * 1e12, bandwidth * 1e9), products
-
-
-def _present(config: Config, described: Described) -> tuple[Hardware, torch.dtype]:
-    device = pick_device(config.device)
-    dtype = learning_dtype(described, device, config.dtype)
-    context = autocast(device, config.precision)
-    products = torch.bfloat16 if context._enabled else dtype
-    kind, name = ("cpu", f"this CPU ({torch.get_num_threads()} threads)") if device.type == "cpu" else ("other", "this")
-    memory = float(free_memory())
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        name, memory = properties.name, float(torch.cuda.mem_get_info(device)[0])
-    with context:
-        rate = _rate(described, device, dtype, products, config.batch_size * config.seq_len)
-    return Hardware(name, memory, rate, _bandwidth(device), kind), products
-
-
-def _rate(
-    described: Described, device: torch.device, dtype: torch.dtype, products: torch.dtype, rows: int,
-    seconds: float = 1.0,
-) -> float:  # fmt: skip
-    """FLOPs a second of the model's own linear maps, those of a layer and the head, as each is used."""
-    description = described.description
-    shapes: dict[tuple[int, ...], int] = {}
-    for name in description.matmuls:
-        shape = description.shapes[name][-2:]
-        shapes[shape] = shapes.get(shape, 0) + 1
-    head = description.shapes[list(description.matmuls)[-1]][-2:]
-    flops = taken = 0.0
-    most = ROWS_AT_ONCE["cpu" if device.type == "cpu" else "other"]
-    for shape, count in shapes.items():
-        used = min(rows, most if shape == head else 4096)
-        x = torch.randn((used, shape[1]), device=device).to(dtype)
-        weight = torch.randn(shape, device=device).to(products)
-        F.linear(x, weight)
-        start, times = time.perf_counter(), 0
-        while time.perf_counter() - start < seconds / len(shapes):
-            F.linear(x, weight)
-            times += 1
-            if device.type != "cpu":
-                torch.accelerator.synchronize()
-        each = (time.perf_counter() - start) / times
-        flops += count * 2.0 * rows * prod(shape)
-        taken += count * each * rows / used
-    return flops / taken
-
-
-def _bandwidth(device: torch.device, count: int = 2**27) -> float:
-    """Bytes a second that a sum reads."""
-    values = torch.ones(count // 4, device=device)
-    values.sum().item()
-    start = time.perf_counter()
-    values.sum().item()
-    return count / (time.perf_counter() - start)
+    def seconds(self, stage: Stage) -> float | None:
+        """By the rate of products, and by the weights that each pass reads; None for what is done elsewhere."""
+        c, shared = self.config, stage.name in ("learning", "sensitivity")
+        if c.shard and not (shared or self.on_cpu):
+            return None
+        at_once = self.devices if shared and not self.on_cpu else 1  # processes of one machine share its cores, too
+        passes = stage.tokens / (self.rows * c.seq_len) / at_once
+        by_flops = stage.flops / at_once / (self.hardware.rate * UTILISATION[self.hardware.kind])
+        by_bytes = 3 * self.parameters * self.dtype.itemsize * passes / self.hardware.bandwidth
+        come = 3 * self.in_layers * self.dtype.itemsize * passes
+        if stage.name == "evaluation":  # a window a pass
+            come = self.in_layers * self.dtype.itemsize * stage.tokens / (c.eval_length if c.eval_data else c.seq_len)
+        by_link = come / LINK[c.offload] if c.offload != "none" else 0.0
+        gathering = come * (1 - 1 / self.devices) / LINK["ranks"] if c.shard else 0.0
+        return max(by_flops, by_bytes, by_link) + gathering
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
-def estimate(config: Config, hardware: str) -> Estimate:
-    """What a run with these settings takes. Downloads the configuration at most."""
+def estimate(config: Config, hardware: str, devices: int = 1) -> Estimate:
+    """What a run with these settings takes on so many devices. Downloads the configuration at most."""
     c = config
+    if devices < 1:
+        raise InputError(f"--devices must be at least 1, not {devices}")
+    check_count(c, devices, "say --devices 2 or more")
     described = describe_selected(c.model, c.trust_remote_code, c.units, c.attention_unit, c.keep, c.depth)
-    return Estimate(c, described, *hardware_of(hardware, c, described))
+    return Estimate(c, described, *hardware_of(hardware, c, described), devices)
 
 
 def check_fit(found: Estimate) -> None:
@@ -296,18 +268,37 @@ def check_fit(found: Estimate) -> None:
     if found.fits:
         return
     stage, peak = found.peak
-    what = f"{stage} takes {human(peak, 'B')}, and {found.hardware.name} has {human(found.hardware.memory, 'B')}"
-    for words, other in _smaller(found):
-        if other.fits:
-            raise InputError(f"this does not fit: {what}; {words} would ({human(other.peak[1], 'B')})")
+    place = f"in {found.devices} processes" if found.shared_memory(stage) else found.where(stage)
+    has = f"{found.hardware.name} has {human(found.hardware.memory, 'B')}"
+    what = f"{stage} takes {human(peak, 'B')}{place and ' ' + place}, and {has}"
+    if ways := _ways(found):
+        words, *more = ways
+        raise InputError(
+            f"this does not fit: {what}; {words[0]} would ({words[1]})"
+            + "".join(f", and so would {other} ({size})" for other, size in more)
+        )
     larger = [name for name, (gigabytes, *_) in SHEET.items() if USABLE * gigabytes * 1e9 >= peak]
     raise InputError(
         f"this does not fit: {what}; no settings would" + (f", but --hardware {larger[0]} would" if larger else "")
     )
 
 
+def _ways(found: Estimate) -> list[tuple[str, str]]:
+    """Settings with which the run would fit, as words, each with what it takes then: on these devices, and where that
+    is slow or none would, on more of them."""
+    ways = []
+    for tried in (_smaller(found), _on_more(found)):
+        fitting = next(((words, other) for words, other in tried if other.fits), None)
+        if fitting is not None:
+            words, other = fitting
+            ways.append((words, human(other.peak[1], "B") + (" on each" if other.devices > 1 else "")))
+            if other.config.offload == found.config.offload:
+                break
+    return ways
+
+
 def _smaller(found: Estimate) -> Iterator[tuple[str, Estimate]]:
-    """Settings that take less memory, the least change first, as words."""
+    """Settings that take less memory on the same devices, the least change first, as words."""
     c, words = found.config, ""
     changes: list[tuple[str, Mapping[str, object]]] = []
     if not c.gradient_checkpointing:
@@ -316,47 +307,89 @@ def _smaller(found: Estimate) -> Iterator[tuple[str, Estimate]]:
         changes.append(("--dtype bfloat16", {"dtype": "bfloat16"}))
     if found.rows > 1:
         changes.append(("--micro-batch-size 1", {"micro_batch_size": 1}))
-    if c.offload == "none" and c.method not in ONE_SHOT and not (c.refit or c.recover):
-        where = "disk" if found.hardware.kind == "cpu" else "cpu"
+    if found.devices > 1:
+        changes.append(("--shard", {"shard": True}))
+    elif c.offload == "none":
+        where = "disk" if found.on_cpu else "cpu"
         changes.append((f"--offload {where}", {"offload": where}))
     for word, change in changes:
-        c, words = replace(c, **change), f"{words} {word}".strip()  # type: ignore[arg-type]
-        yield words, Estimate(c, found.described, found.hardware, found.products)
+        with suppress(InputError):  # of settings that contradict others
+            c, words = replace(c, **change), f"{words} {word}".strip()  # type: ignore[arg-type]
+            yield words, Estimate(c, found.described, found.hardware, found.products, found.devices)
+
+
+def _on_more(found: Estimate) -> Iterator[tuple[str, Estimate]]:
+    """The same on more devices, as few as would do; the processes of a CPU have no more memory than one."""
+    changes: dict[str, Mapping[str, object]] = {
+        " --shard": {"shard": True},
+        " --shard --gradient-checkpointing": {"shard": True, "gradient_checkpointing": True},
+    }
+    if found.peak[0] == "learn":  # else rows are not what takes so much
+        changes = {"": {}} | changes
+    if found.on_cpu or not found.learns:
+        return
+    for count in (n for n in (2, 4, MOST_DEVICES) if n > found.devices):
+        for words, change in changes.items():
+            with suppress(InputError):
+                c = replace(found.config, **change)  # type: ignore[arg-type]
+                check_count(c, count)
+                yield f"--devices {count}{words}", Estimate(c, found.described, found.hardware, found.products, count)
 
 
 def tables(found: Estimate) -> list[Table]:
     """Memory by part, and time by stage."""
-    c, hardware = found.config, found.hardware
+    return [_memory_table(found), _time_table(found)]
+
+
+def _memory_table(found: Estimate) -> Table:
+    c = found.config
     title = (
-        f"{c.model}: {found.parameters:,} parameters, {c.batch_size} × {c.seq_len:,} tokens a step, weights in "
-        f"{_name(found.dtype)}, products in {_name(found.products)}"
+        f"{c.model}: {found.parameters:,} parameters, {c.batch_size} × {c.seq_len:,} tokens a step"
+        + (f", {found.rows} of these sequences at once on each of {found.devices}" if found.devices > 1 else "")
+        + f", weights in {_name(found.dtype)}, products in {_name(found.products)}"
     )
     memory = Table(title=title, title_justify="left")
     memory.add_column("stage")
     memory.add_column("part")
     memory.add_column("memory", justify="right")
     for stage, parts in found.memory.items():
+        said = f"{stage} {found.where(stage)}".strip()
         for part, count in parts.items():
-            memory.add_row(stage, part, human(count, "B"))
-            stage = ""
-        memory.add_row("", "in all", human(sum(parts.values()), "B"), end_section=True)
-    share = UTILISATION[hardware.kind]
+            memory.add_row(said, part, human(count, "B"))
+            said = ""
+        whole = sum(parts.values())
+        ends = not found.shared_memory(stage)
+        memory.add_row("", "in all", human(whole, "B"), end_section=ends)
+        if not ends:
+            with_model = ", and the whole model on the first" if c.shard else ""
+            memory.add_row("", f"all {found.devices}{with_model}", human(found.held(stage), "B"), end_section=True)
+    return memory
+
+
+def _time_table(found: Estimate) -> Table:
+    hardware, share = found.hardware, UTILISATION[found.hardware.kind]
+    several = found.devices > 1 and not found.on_cpu
+    name = f"{found.devices} × {hardware.name}, each" if several else hardware.name
     times = Table(
-        title=f"{hardware.name}: {human(hardware.memory, 'B')}, {human(hardware.rate, 'FLOP/s')}, of which a step is "
-        f"taken to reach {share:.0%}",
+        title=f"{name}: {human(hardware.memory, 'B')}, {human(hardware.rate, 'FLOP/s')}, of which a step is taken to "
+        f"reach {share:.0%}",
         title_justify="left",
     )
     for column in ("stage", "tokens", "FLOPs", "tokens a second", "hours"):
         times.add_column(column, justify="left" if column == "stage" else "right")
-    whole = 0.0
+    whole, elsewhere = 0.0, False
     for each in found.stages:
         seconds = found.seconds(each)
+        if seconds is None:
+            elsewhere = True
+            times.add_row(each.name, f"{each.tokens:,}", human(each.flops), "on a CPU", "unknown")
+            continue
         whole += seconds
         speed = f"{each.tokens / seconds:,.0f}"
         times.add_row(each.name, f"{each.tokens:,}", human(each.flops), speed, f"{seconds / 3600:.2f}")
     times.add_section()
-    times.add_row("in all", "", "", "", f"{whole / 3600:.2f}")
-    return [memory, times]
+    times.add_row("on these devices" if elsewhere else "in all", "", "", "", f"{whole / 3600:.2f}")
+    return times
 
 
 def _name(dtype: torch.dtype) -> str:

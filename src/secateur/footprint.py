@@ -9,6 +9,7 @@ Shape suffixes: B batch, T positions, D hidden size, R routed tokens, H hidden s
 
 import weakref
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,9 +93,10 @@ def footprint(
     checkpointing: bool,
     kind: str = "cpu",
     trust_remote_code: bool = False,
+    spread: bool = False,
 ) -> Footprint:
     """The memory of a step over `batch` × `tokens` tokens, with weights in `dtype` that are multiplied in `products`;
-    `kind` of device: "cpu" or "other"."""
+    `kind` of device: "cpu" or "other". Weights that are `spread` over ranks are not lowered beforehand (methods.py)."""
     ALL_EXPERTS_FUNCTIONS.register(EVENLY, _evenly)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
         model = build(config, trust_remote_code).eval().requires_grad_(False)
@@ -105,7 +107,7 @@ def footprint(
         ledger = Ledger()
         context = torch.autocast("cpu", products, enabled=products != dtype, cache_enabled=False)
         before = experts.forward
-        with ledger, context, lowered(model):
+        with ledger, context, nullcontext() if spread else lowered(model):
             ALL_EXPERTS_FUNCTIONS[experts.IMPLEMENTATION] = _evenly
             try:
                 return _step(model, groups, ids_BT, z_N, ledger, products, checkpointing, kind)

@@ -4,9 +4,11 @@ Serves `secateur learn RUN`.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -248,10 +250,17 @@ def learn_along(ranks: Ranks) -> None:
     """What ranks other than the first do: learn the same gates, of which they keep nothing."""
     c: Config = ranks.handed()
     device = pick_device(c.device)
-    model = sharded(ranks, c, device) if c.shard else load(c.model, c.device, c.dtype, c.trust_remote_code).model
-    told: dict[str, Any] = ranks.handed()
-    with autocast(device, c.precision), _fast(model, c.shard), suppress(LearningDiverged):  # which rank 0 says
-        learn(model, ranks=ranks, **told)
+    with ExitStack() as stack:
+        if c.shard:
+            model = sharded(ranks, c, device)
+        else:
+            elsewhere: tuple[Any, ...] = ()
+            if c.offload != "none":  # to a folder of this rank's own machine, which may not see the run's
+                elsewhere = Path(stack.enter_context(TemporaryDirectory(prefix="secateur-"))), None, c.offload
+            model = load(c.model, c.device, c.dtype, c.trust_remote_code, *elsewhere).model
+        told: dict[str, Any] = ranks.handed()
+        with autocast(device, c.precision), _fast(model, c.shard), suppress(LearningDiverged):  # which rank 0 says
+            learn(model, ranks=ranks, **told)
 
 
 @contextmanager

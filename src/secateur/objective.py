@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from secateur.vocabulary import Head, given, in_chunks
 
@@ -80,21 +79,33 @@ def distillation(
     teacher is not looked at and its KL is given as 0.
     """
 
-    def kl_of(part: slice, student: torch.Tensor, log_p: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-        log_q = F.log_softmax(teacher_RV[part].float() / temperature, dim=-1)
-        log_pt = log_p if temperature == 1.0 else F.log_softmax(student / temperature, dim=-1)
-        q = log_q.exp()
-        kl_R = (q * log_q.sub_(log_pt)).sum(-1)
-        grad.add_(grad if temperature == 1.0 else log_pt.exp(), alpha=kd_weight * temperature)
-        grad.sub_(q, alpha=kd_weight * temperature)
-        return kl_R
+    def kl_of(part: slice, student: Softened) -> tuple[torch.Tensor, torch.Tensor]:
+        teacher = softened(teacher_RV[part], temperature)
+        apart_RV = teacher.logits_RV - student.logits_RV
+        kl_R1 = torch.linalg.vecdot(teacher.p_RV, apart_RV)[:, None] + student.log_total_R1 - teacher.log_total_R1
+        return kl_R1, torch.sub(student.p_RV, teacher.p_RV, out=apart_RV)
 
     return _in_cache(student_RV, labels_R, weight_R, kd_weight, temperature, kl_of)
 
 
-KlOf = Callable[[slice, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""Which rows, their logits, log-probabilities, and ∂L_ce by the logits but for the label, to which it adds η τ² ∂KL →
-KL of each row at temperature τ."""
+class Softened(NamedTuple):
+    """A softmax in float32: log p = `logits_RV` − `log_total_R1`."""
+
+    logits_RV: torch.Tensor
+    """Over the temperature."""
+    p_RV: torch.Tensor
+    log_total_R1: torch.Tensor
+
+
+def softened(logits_RV: torch.Tensor, temperature: float = 1.0) -> Softened:
+    """Softmax and the logarithm of its denominator with one exponential a logit, which is most of what a loss takes."""
+    logits_RV = logits_RV.float() if temperature == 1.0 else logits_RV.float() / temperature
+    p_RV = torch.softmax(logits_RV, dim=-1)
+    return Softened(logits_RV, p_RV, logits_RV.amax(-1, keepdim=True) - p_RV.amax(-1, keepdim=True).log())
+
+
+KlOf = Callable[[slice, Softened], tuple[torch.Tensor, torch.Tensor]]
+"""Which rows, and what the student says there at temperature τ → KL of each, shape (R, 1), and τ ∂KL by its logits."""
 
 
 def _in_cache(
@@ -113,12 +124,14 @@ def _in_cache(
     rows = max(1, chunk // (4 * student_RV.shape[1]))
     for start in range(0, len(labels_R), rows):
         part = slice(start, start + rows)
-        student, labels_R1, weight_R1 = student_RV[part].float(), labels_R[part, None], weight_R[part, None]
-        log_p = F.log_softmax(student, dim=-1)
-        ce -= (log_p.gather(1, labels_R1) * weight_R1).sum()
-        grad = log_p.exp()
+        labels_R1, weight_R1 = labels_R[part, None], weight_R[part, None]
+        student = softened(student_RV[part])
+        ce -= ((student.logits_RV.gather(1, labels_R1) - student.log_total_R1) * weight_R1).sum()
+        grad = student.p_RV
         if kd_weight:
-            kl += temperature**2 * torch.dot(kl_of(part, student, log_p, grad), weight_R1[:, 0])
+            kl_R1, by_kl = kl_of(part, student if temperature == 1.0 else softened(student_RV[part], temperature))
+            kl += temperature**2 * (kl_R1 * weight_R1).sum()
+            grad.add_(by_kl, alpha=kd_weight * temperature)
         grad.scatter_add_(1, labels_R1, grad.new_full(labels_R1.shape, -1.0))
         grad_RV[part] = grad.mul_(weight_R1)
     return torch.stack([ce + kd_weight * kl, ce, kl]), grad_RV
@@ -189,16 +202,15 @@ def kept_distillation(
     the student's logits, times τ, is p − q for words of K, and p (1 − q_rest / p_rest) for the others.
     """
 
-    def kl_of(part: slice, student: torch.Tensor, _log_p: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    def kl_of(part: slice, student: Softened) -> tuple[torch.Tensor, torch.Tensor]:
         index, log_q, rest = teacher.index_RK[part].long(), teacher.log_q_RK[part], teacher.rest_R[part]
-        log_pt = F.log_softmax(student / temperature, dim=-1)
-        log_pk, q, q_rest = log_pt.gather(1, index), log_q.exp(), rest.exp()
-        p_rest = log_pt.scatter(1, index, -torch.inf).logsumexp(-1)
+        log_p = student.logits_RV - student.log_total_R1
+        log_pk, q, q_rest = log_p.gather(1, index), log_q.exp(), rest.exp()
+        p_rest = log_p.scatter_(1, index, -torch.inf).logsumexp(-1)
         apart = torch.where(rest.isfinite(), q_rest * (rest - p_rest), 0.0)
         scale = torch.where(rest.isfinite(), 1.0 - (rest - p_rest).exp(), 1.0)
-        by_kl = (log_pt.exp() * scale[:, None]).scatter_(1, index, log_pk.exp() - q)
-        grad.add_(by_kl, alpha=kd_weight * temperature)
-        return (q * (log_q - log_pk)).sum(-1) + apart
+        by_kl = (student.p_RV * scale[:, None]).scatter_(1, index, log_pk.exp() - q)
+        return ((q * (log_q - log_pk)).sum(-1) + apart)[:, None], by_kl
 
     return _in_cache(student_RV, labels_R, weight_R, kd_weight, temperature, kl_of)
 

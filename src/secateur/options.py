@@ -53,6 +53,9 @@ class Estimate(Config):
     hardware: str = "present"
     """`present`: this machine, measured; or A100-40GB, A100-80GB, H100, H200, B200, L4, L40S, RTX-3090, RTX-4090,
     MI300X, by their data sheets."""
+    devices: int = 1
+    """Learn on so many of them, with as many ranks (`torchrun --nproc-per-node N -m secateur prune …`); memory is said
+    for each."""
 
     def __post_init__(self) -> None:
         """Leaves it to `estimate`, as `Prune` does."""

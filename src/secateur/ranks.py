@@ -208,16 +208,22 @@ def follow(ranks: Ranks) -> None:
 
 
 def check(config: Config) -> None:
-    """Raises InputError for what several ranks cannot do, and for what one alone cannot."""
-    count = _here.count
+    """Raises InputError for what these ranks cannot do."""
+    check_count(config, _here.count)
+    if _here.count > 1:
+        _check_device(config.device)
+
+
+def check_count(config: Config, count: int, several: str = "start several, with torchrun or accelerate launch") -> None:
+    """Raises InputError for what so many ranks cannot do, and for what one alone cannot; `several` says how to have
+    more of them."""
     if count == 1:
         if config.shard:
-            raise InputError("--shard spreads a model over ranks: start several, with torchrun or accelerate launch")
+            raise InputError(f"--shard spreads a model over ranks: {several}")
         return
     if config.sweep is not None:
-        raise InputError(f"--sweep learns on one rank, and {count} were started; start one")
+        raise InputError(f"--sweep learns on one rank, not on {count}; take one")
     config.rows_a_pass(count)
-    _check_device(config.device)
 
 
 def call(config: Config, learns: bool = True) -> None:
