@@ -20,9 +20,9 @@ from secateur.data import POOL_CHARACTERS
 from secateur.evaluate import perplexity
 from secateur.files import InputError
 from secateur.learn import StopLearning, learn
+from secateur.listeners import Progress
 from secateur.optimise import Step
 from secateur.recipes import auto_recipe
-from secateur.session import Progress
 from tiny import LATENT, MIXTURE, tiny
 
 FEW = {"sparsity": 0.3, "steps": 8, "batch_size": 2, "seq_len": 16, "held_out_tokens": 64, "checkpoint_every": 3}

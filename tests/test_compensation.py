@@ -18,7 +18,7 @@ from secateur.files import InputError
 from secateur.importance import flap
 from secateur.plan import Plan
 from secateur.slicing import added_biases
-from secateur.verify import folded, logits_of
+from secateur.verify import folded
 from tiny import dense_logits, load, random_plan, tiny, tokens
 
 ONE_OF_EACH = ("layers.0.kv_groups", "layers.0.heads", "layers.1.channels")
@@ -114,7 +114,7 @@ def test_folded_biases_equal_attached_ones_and_leave_no_trace(changes):
     biases = compensation(model, description.groups, gates, plan.means)
     before = {g.name: writer(model, g).bias for g in description.groups}
     with folded(model, description.groups, gates, torch.float32, biases):
-        by_folding = logits_of(model, tokens())
+        by_folding = dense_logits(model, tokens())
     torch.testing.assert_close(by_folding, compensated_logits(model, description, plan, tokens()), rtol=1e-4, atol=1e-5)
     assert all(writer(model, g).bias is before[g.name] for g in description.groups)
     assert not any(m._forward_hooks for m in model.modules())

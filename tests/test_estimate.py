@@ -110,7 +110,8 @@ def test_what_does_not_fit_is_refused_with_settings_that_would(big, capsys):
     said = complaint(capsys, "estimate", big, "--hardware", "A100-80GB", "--batch-size", 16)
     assert "this does not fit: learn takes" in said and "--gradient-checkpointing would (" in said
     assert secateur("estimate", big, "--hardware", "A100-80GB", "--batch-size", 16, "--gradient-checkpointing") == 0
-    said = complaint(capsys, "estimate", big, "--hardware", "L4", "--teacher", "cache")
+    words = ["--teacher", "cache", "--recover", "lora"]
+    said = complaint(capsys, "estimate", big, "--hardware", "L4", *words)
     assert "no settings would, but --hardware A100-80GB would" in said, "one that has to hold the whole model"
 
 
@@ -126,6 +127,8 @@ def test_offloaded_layers_leave_room_and_take_time(big):
     assert offloaded.config.gradient_checkpointing
     less = sum(plain.memory["learn"].values()) - sum(offloaded.memory["learn"].values())
     assert less == pytest.approx(2 * plain.in_layers * 7 / 8)
+    for stage in ("verify", "eval"):  # of both models
+        assert sum(offloaded.memory[stage].values()) < 0.5 * sum(plain.memory[stage].values())
     small = {"batch_size": 1, "seq_len": 128, "steps": 10}
     hours = [sum(map(e.seconds, e.stages)) for e in (estimated(big, **small), estimated(big, **small, offload="cpu"))]
     assert hours[1] > 2 * hours[0], "weights come slower than a small step uses them"
@@ -202,7 +205,8 @@ def test_what_is_each_devices_is_said(big, capsys):
 
 def test_more_devices_are_suggested_where_one_does_not_do(big, capsys):
     said = complaint(capsys, "estimate", big, "--hardware", "L4")
-    assert "verify takes 58.48 GB, and L4 has 24.00 GB; --devices 2 --shard --gradient-checkpointing would (" in said
+    assert "verify takes 58.48 GB, and L4 has 24.00 GB; " in said and "--offload cpu would (" in said
+    assert ", and so would --devices 2 --shard --gradient-checkpointing (" in said
     assert said.rstrip().endswith("GB on each)")
     words = ["--devices", 2, "--shard", "--gradient-checkpointing"]
     assert secateur("estimate", big, "--hardware", "L4", *words) == 0

@@ -7,14 +7,25 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from runs import described, prune_arguments, random_tokens, secateur, small_llama, write_checkpoint, write_texts
+from runs import (
+    SIZES,
+    described,
+    prune_arguments,
+    random_tokens,
+    secateur,
+    small_llama,
+    small_tokenizer,
+    write_checkpoint,
+    write_texts,
+)
 from secateur import verify
 from secateur.attach import attached, writer
 from secateur.files import InputError
 from secateur.run import open_run
 from secateur.session import Session
 from secateur.stages import VerificationFailed, eval_stage, verify_stage
-from secateur.verify import compare, folded, logits_of
+from secateur.verify import compare, folded
+from tiny import dense_logits, tiny
 
 LOGITS = 5 * torch.randn(2, 6, 30, generator=torch.Generator().manual_seed(0))
 
@@ -22,25 +33,31 @@ LOGITS = 5 * torch.randn(2, 6, 30, generator=torch.Generator().manual_seed(0))
 # --- the comparison --------------------------------------------------------------------------------------------------
 
 
+def compared(gated, exported, dtype="float32", noise=None):
+    """By rows; `noise`: how far the gated model's logits in another dtype are from its own."""
+    logits = [gated, exported] + ([] if noise is None else [gated + noise])
+    return compare(zip(*logits, strict=True), dtype)
+
+
 @pytest.mark.parametrize("noise", [None, 0.0, 0.01])
 def test_equal_logits_pass(noise):
-    result = compare(LOGITS, LOGITS.clone(), "float32", noise)
+    result = compared(LOGITS, LOGITS.clone(), "float32", noise)
     assert result.passed and result.max_difference == 0.0
     assert result.same_top_token == 1.0 and result.tokens == 12
 
 
 def test_in_float32_rounding_passes_and_one_logit_that_is_off_fails():
-    assert compare(LOGITS, LOGITS * (1 + 1e-7), "float32").passed
+    assert compared(LOGITS, LOGITS * (1 + 1e-7)).passed
     off = LOGITS.clone()
     off[1, 3, 7] += 1e-3
-    result = compare(LOGITS, off, "float32")
+    result = compared(LOGITS, off)
     assert not result.passed and result.max_difference == pytest.approx(1e-3, rel=1e-2)
 
 
 def test_in_a_narrow_dtype_the_mean_difference_may_be_a_few_times_the_noise_of_the_dtype():
     difference = torch.full_like(LOGITS, 0.03)
-    assert compare(LOGITS, LOGITS + difference, "bfloat16", noise=0.01).passed
-    assert not compare(LOGITS, LOGITS + 2 * difference, "bfloat16", noise=0.01).passed
+    assert compared(LOGITS, LOGITS + difference, "bfloat16", noise=0.01).passed
+    assert not compared(LOGITS, LOGITS + 2 * difference, "bfloat16", noise=0.01).passed
 
 
 @pytest.mark.parametrize("noise", [None, 0.01, float("nan"), float("inf")])
@@ -51,7 +68,7 @@ def test_logits_that_are_not_finite_never_pass(noise, value, where):
     for logits, broken in zip((gated, exported), where, strict=True):
         if broken:
             logits[0, 2, 3] = value
-    assert not compare(gated, exported, "float32", noise).passed
+    assert not compared(gated, exported, "float32", noise).passed
 
 
 # --- folding ---------------------------------------------------------------------------------------------------------
@@ -64,9 +81,9 @@ def test_folded_gates_equal_attached_ones_and_leave_no_trace():
     ids_NT = random_tokens(2, 8)
     before = {g.name: writer(model, g).weight.clone() for g in groups}
     with attached(model, groups, gates):
-        by_hooks = logits_of(model, ids_NT)
+        by_hooks = dense_logits(model, ids_NT)
     with folded(model, groups, gates, torch.float32):
-        torch.testing.assert_close(logits_of(model, ids_NT), by_hooks, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(dense_logits(model, ids_NT), by_hooks, rtol=1e-4, atol=1e-4)
     with pytest.raises(ZeroDivisionError), folded(model, groups, gates, torch.bfloat16):
         raise ZeroDivisionError
     assert all(torch.equal(writer(model, g).weight, before[g.name]) for g in groups)
@@ -117,6 +134,15 @@ def test_a_run_of_either_dtype_passes_and_is_compared_in_its_own_dtype_and_in_fl
     own = [] if dtype == torch.float32 else ["bfloat16"]
     assert [c["dtype"] for c in verified["comparisons"]] == [*own, "float32"]
     assert all(t.dtype == dtype for t in load_file(folder / "model" / "model.safetensors").values())
+
+
+def test_what_a_narrow_model_computes_when_it_is_built_is_not_rounded(tmp_path):
+    """Gemma's scale of embeddings, √48, is no number in bfloat16."""
+    model = tiny("gemma2", vocab_size=SIZES["vocab_size"]).bfloat16()
+    model.save_pretrained(tmp_path / "dense")
+    small_tokenizer().save_pretrained(tmp_path / "dense")
+    texts = write_texts(tmp_path / "text.jsonl")
+    assert secateur(*prune_arguments(tmp_path / "dense", texts, tmp_path / "run")) == 0
 
 
 @pytest.mark.parametrize("value", [0.5, float("nan"), float("inf")])

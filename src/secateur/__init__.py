@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from secateur.config import Config as Config
     from secateur.files import InputError as InputError
     from secateur.learn import StopLearning as StopLearning
+    from secateur.listeners import Progress as Progress
     from secateur.load import describe_pretrained as describe_pretrained
     from secateur.optimise import Step as Step
     from secateur.results import Inspection as Inspection
     from secateur.results import Pruned as Pruned
-    from secateur.session import Progress as Progress
     from secateur.stages import VerificationFailed as VerificationFailed
     from secateur.stages import eval_stage as eval_stage
     from secateur.stages import export_stage as export_stage
@@ -35,7 +35,7 @@ _IN = {
     "load": ("describe_pretrained",),
     "optimise": ("Step",),
     "results": ("Pruned", "Inspection"),
-    "session": ("Progress",),
+    "listeners": ("Progress",),
     "stages": (
         "learn_stage", "plan_stage", "export_stage", "verify_stage", "recover_stage", "eval_stage", "VerificationFailed"
     ),

@@ -20,13 +20,14 @@ from secateur.config import IN_MEMORY, Config
 from secateur.describe import describe
 from secateur.files import InputError
 from secateur.in_memory import check_given, is_text, loaded_from, name_of, place_of, write_given
+from secateur.listeners import Listeners, Progress
 from secateur.load import describe_pretrained
 from secateur.logs import check_installed, logs_of
 from secateur.optimise import Step
 from secateur.progress import Screen
 from secateur.results import Inspection, Pruned
 from secateur.run import GIVEN_TEXTS, free_folder, new_run, open_run
-from secateur.session import Listeners, Progress, Session
+from secateur.session import Session
 from secateur.sizes import session_on, sizes_of
 from secateur.stages import remaining_stages
 

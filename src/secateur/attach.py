@@ -12,6 +12,7 @@ from torch import nn
 
 from secateur.experts import Inside, inside_experts
 from secateur.files import InputError
+from secateur.offloaded import weight_of
 from secateur.units import Group, by_norm, by_writer
 
 
@@ -25,28 +26,28 @@ def writer(model: nn.Module, group: Group) -> nn.Linear:
 def _multiply_input(gate: torch.Tensor):  # type: ignore[no-untyped-def]
     def hook(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         x, *rest = args
-        return (x * gate.to(x.dtype), *rest)
+        return (x * gate.to(x), *rest)
 
     return hook
 
 
 def _multiply_output(gate: torch.Tensor):  # type: ignore[no-untyped-def]
     def hook(_module: nn.Module, _args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        return output * gate.to(output.dtype)
+        return output * gate.to(output)
 
     return hook
 
 
 def _multiply_channels(gate_EC: torch.Tensor) -> Inside:
     def inside(expert: int, x: torch.Tensor, _routing: torch.Tensor) -> torch.Tensor:
-        return x * gate_EC[expert].to(x.dtype)
+        return x * gate_EC[expert].to(x)
 
     return inside
 
 
 def _add_to_output(bias: torch.Tensor):  # type: ignore[no-untyped-def]
     def hook(_module: nn.Module, _args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        return output + bias.to(output.dtype)
+        return output + bias.to(output)
 
     return hook
 
@@ -70,10 +71,9 @@ def compensation(
     biases = {}
     for g in groups:
         if means and (gates[g.name] == 0).any():
-            weight = writer(model, g).weight
-            if g.name not in means or means[g.name].shape != weight.shape[1:]:
+            if g.name not in means or means[g.name].shape != writer(model, g).weight.shape[1:]:
                 raise InputError(f"the gates have not a mean for each input of {g.writer}; run `secateur learn` again")
-            biases[g.name] = compensating_bias(weight, means[g.name], gates[g.name])
+            biases[g.name] = compensating_bias(weight_of(model, g.writer), means[g.name], gates[g.name])
     return biases
 
 

@@ -194,7 +194,7 @@ def verify(options: Verify) -> None:
 
 def refit(options: Refit) -> None:
     """`secateur refit`."""
-    run = _open_with(options)
+    run = _open_with(options, offload="none")
     for done in _staged(run, "refit_stage"):
         ridge = "no ridge lowered it" if done.ridge is None else f"ridge {done.ridge:g}"
         console.print(f"held-out loss {done.held_out_before:.4f} → {done.held_out_after:.4f} ({ridge})")
@@ -202,7 +202,7 @@ def refit(options: Refit) -> None:
 
 def recover(options: Recover) -> None:
     """`secateur recover`."""
-    run = _open_with(options)
+    run = _open_with(options, offload="none")
     updates = _staged(run, "recover_stage")
     console.print(f"wrote {run.model} ({', '.join(updates)})", markup=False, soft_wrap=True)
 
@@ -270,10 +270,11 @@ def _open(options: OnRun, sweeps: bool = False, folder: Path | None = None) -> "
     return (open_run if sweeps else open_one)(folder or options.run, options.trust_remote_code)
 
 
-def _open_with(options: Any) -> "Run":
-    """The run, its settings overridden by what the options of a stage say."""
+def _open_with(options: Any, **settings: Any) -> "Run":
+    """The run, its settings overridden by what the options of a stage say, and others."""
     run, ours = _open(options), ("run", "trust_remote_code")
     own = {name: value for name, value in vars(options).items() if name not in ours and value not in (None, ())}
+    own |= settings
     return replace(run, config=replace(run.config, **own))
 
 
@@ -286,10 +287,11 @@ def _asked(options: Plan | Export) -> dict[str, Any]:
 def _staged(run: "Run", stage: str | Callable[..., Any], low_memory: bool = False, **options: Any) -> Any:
     """Runs a stage (its function, or its name in stages.py), or all of them, with progress on the screen."""
     from secateur import stages
+    from secateur.listeners import Listeners
     from secateur.logs import logs_of
     from secateur.progress import Screen
     from secateur.ranks import INTERRUPTED, here
-    from secateur.session import Listeners, Session
+    from secateur.session import Session
 
     console.print(f"run folder: {run.folder}", markup=False, soft_wrap=True)
     if (count := here().count) > 1:
@@ -387,9 +389,12 @@ def _errors_in_lines() -> Iterator[None]:
 
 def _prepare() -> None:
     """Quietens libraries whose bars and notices would break ours, and sets up the CPU."""
+    from logging import getLogger
+
     import torch
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    getLogger("accelerate").setLevel("ERROR")  # which says that weights are where --offload leaves them
     torch.set_flush_denormal(True)

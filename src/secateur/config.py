@@ -191,9 +191,10 @@ class Config:
     teacher_top_k: int = 64
     """Words a position that `--teacher cache` keeps; each takes 8 bytes."""
     offload: Literal["none", "cpu", "disk"] = "none"
-    """While gates are learned, leave the decoder layers' weights in the processor's memory, or on disk (in the model's
-    own files, if these hold them as they are used), and bring each to the device when it is needed: for models that do
-    not fit there. Implies --gradient-checkpointing. Verification and evaluation need the memory all the same."""
+    """Leave the decoder layers' weights in the processor's memory, or on disk (in the model's own files, if these hold
+    them as they are used), and bring each to the device when it is needed: for models that do not fit there. Implies
+    --gradient-checkpointing. Planning, verification and evaluation leave the layers there, too, of both models; --refit
+    and --recover change weights, which takes both in memory."""
     gradient_checkpointing: bool = False
     """While gates are learned, compute layers once more in the backward pass instead of keeping what they computed:
     less memory, more time, the same gates."""
@@ -251,6 +252,12 @@ class Config:
         for option, wanted in (("--offload", self.offload != "none"), ("--teacher cache", self.teacher == "cache")):
             if self.shard and wanted:
                 raise InputError(f"--shard has all ranks compute the same layers at once; leave it or {option} out")
+        changes = [name for name in ("refit", "recover") if getattr(self, name)]
+        if changes and self.offload != "none":
+            raise InputError(
+                f"--{changes[0]} changes weights, which takes the whole model in memory, so --offload contradicts it; "
+                f"leave it out here, and run `secateur {changes[0]} RUN` where there is memory"
+            )
         policy = policy_of(self.shape)
         self.shape = str(policy)
         self.keep = kept_words(self.keep)

@@ -120,26 +120,35 @@ class Estimate:
         freed = {"the kernels' own": KERNELS, "freed, but not given back": HEAP * len(self.layers) * found.layer}
         return parts | (freed if self.on_cpu else {})
 
+    def present(self, parameters: float) -> float:
+        """Those of a model's parameters that are in memory at once: all, or with `--offload` of one layer only."""
+        if self.config.offload == "none":
+            return parameters
+        outside = self.parameters - self.in_layers
+        return outside + (parameters - outside) / len(self.layers)
+
     @cached_property
     def memory(self) -> dict[str, dict[str, float]]:
         """Stage → part → bytes on a device that does it."""
         c, units = self.config, sum(g.units for g in self.description.groups)
-        dense = float(self.dtype.itemsize * self.parameters)
-        weights = {"weights, which are the teacher's, too": dense, "libraries": LIBRARIES}
+        size, but = float(self.dtype.itemsize), "" if c.offload == "none" else f" but for layers on {c.offload}"
+        dense, kept = self.present(self.parameters), self.present(self.kept)
+        weights = {f"weights{but}" if but else "weights, which are the teacher's, too": size * dense}
+        weights |= {"libraries": LIBRARIES}
         step = self.step(self.rows, c.gradient_checkpointing)
         found = {}
         if self.learns:
             gates = {"gates and their optimiser": 40.0 * units}
             found["learn"] = self._learning_weights | {"libraries": LIBRARIES} | step | gates
         found["verify"] = {
-            "weights in float32": 4.0 * self.parameters, "the export's": 4.0 * self.kept, "libraries": LIBRARIES
+            f"weights in float32{but}": 4.0 * dense, "the export's": 4.0 * kept, "libraries": LIBRARIES
         }  # fmt: skip
         if c.recover:
-            each = 16.0 if c.recover == "full" else float(self.dtype.itemsize)
+            each = 16.0 if c.recover == "full" else size
             what = "the export's, gradients, moments" if c.recover == "full" else "the export's"
             found["recover"] = weights | {what: each * self.kept} | self.step(c.batch_size, False)
         found["eval"] = weights | {
-            "the export's": self.dtype.itemsize * self.kept,
+            "the export's": size * kept,
             "a chunk of logits": step["a chunk of logits"],
         }
         return found
@@ -156,7 +165,7 @@ class Estimate:
                 "a layer's weights, gathered": each * GATHERED * max(self.layers),
             }
         if c.offload != "none":
-            return {f"weights but for layers on {c.offload}": outside + each * self.in_layers / len(self.layers)}
+            return {f"weights but for layers on {c.offload}": each * self.present(self.parameters)}
         return {"weights, which are the teacher's, too": each * self.parameters}
 
     def where(self, stage: str) -> str:
@@ -234,7 +243,9 @@ class Estimate:
         by_flops = stage.flops / at_once / (self.hardware.rate * UTILISATION[self.hardware.kind])
         by_bytes = 3 * self.parameters * self.dtype.itemsize * passes / self.hardware.bandwidth
         come = 3 * self.in_layers * self.dtype.itemsize * passes
-        by_link = come / LINK[c.offload] if shared and c.offload != "none" else 0.0
+        if stage.name == "evaluation":  # a window a pass
+            come = self.in_layers * self.dtype.itemsize * stage.tokens / (c.eval_length if c.eval_data else c.seq_len)
+        by_link = come / LINK[c.offload] if c.offload != "none" else 0.0
         gathering = come * (1 - 1 / self.devices) / LINK["ranks"] if c.shard else 0.0
         return max(by_flops, by_bytes, by_link) + gathering
 

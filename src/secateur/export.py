@@ -33,7 +33,7 @@ from secateur import families
 from secateur.describe import Description, check_unquantised, head_dim
 from secateur.experts import is_fused
 from secateur.files import InputError, replacing, write_json, write_text
-from secateur.load import weight_of
+from secateur.offloaded import weight_of
 from secateur.own_code import MODELING_FILE, STOCK, modeling_text, pruned_name
 from secateur.plan import Plan
 from secateur.shards import write_shards

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -29,6 +29,7 @@ from secateur.describe import Description, check_causal, check_unquantised, desc
 from secateur.families import build, config_class, model_class
 from secateur.files import InputError, read_json
 from secateur.gguf_header import check_gguf
+from secateur.offloaded import forget_ties, weight_of
 from secateur.own_code import AGAIN, check_code
 from secateur.selection import AttentionUnit, Depth
 from secateur.untrusted import (
@@ -87,7 +88,7 @@ def load(
     With a folder to `offload` to, weights stay on disk, where accelerate reads each one when it is needed
     (`weight_of`): in the model's own files, or in this folder where transformers converts them. `described` is what is
     known of the model already (`describe_selected`). With `layers_on` "cpu" or "disk" only the decoder layers lie there
-    (`--offload`), and come to the device one linear map after the other, whenever they are used. `spread`: the model
+    (`places`), and come to the device one linear map after the other, whenever they are used. `spread`: the model
     stays on the CPU, in the dtype of the device, over several of which it is to be spread (sharding.py).
     """
     where = _source(name)
@@ -97,8 +98,8 @@ def load(
     if layers_on == "cpu" and target.type == "cpu":
         raise InputError("--offload cpu is for accelerators, and this run learns on the CPU; say --offload disk")
     wanted = in_memory if offload is None or layers_on else described.checkpoint_dtype
-    places = _places(described, str(target), layers_on) if layers_on else {"": "disk"}
-    placed = {} if offload is None else {"device_map": places, "offload_folder": str(offload)}
+    where_to = places(described, target, layers_on) if layers_on else {"": "disk"}
+    placed = {} if offload is None else {"device_map": where_to, "offload_folder": str(offload)}
     model = read_model(name, config, wanted, trust_remote_code, **placed)
     tokenizer = _one_line(
         lambda: AutoTokenizer.from_pretrained(**where, trust_remote_code=trust_remote_code),
@@ -115,16 +116,20 @@ def load(
     else:  # buffers are in memory all the same, and are exported as they are there
         for buffer in (b for b in model.buffers() if b.dtype == wanted):
             buffer.data = buffer.data.to(in_memory)
+        forget_ties(model)
     return Loaded(model, tokenizer, described.description, described.checkpoint_dtype)
 
 
-def _places(described: Described, device: str, layers_on: str) -> dict[str, str]:
-    """Where each module is to lie when the decoder layers lie elsewhere: all others are named, as accelerate wants."""
+def places(described: Described, device: torch.device, layers_on: str) -> dict[str, str]:
+    """Where each module is to lie when the decoder layers lie elsewhere: all others are named, as accelerate wants.
+
+    Of the pruned model, too: it has the same modules outside of its layers.
+    """
     layers = described.description.layers
     others = [
         n for n, m in described.model.named_modules() if not list(m.children()) and not n.startswith(f"{layers}.")
     ]
-    return {**dict.fromkeys(others, device), layers: layers_on}
+    return {**dict.fromkeys(others, str(device)), layers: layers_on}
 
 
 def learning_dtype(described: Described, device: torch.device, dtype: str) -> torch.dtype:
@@ -192,8 +197,9 @@ def _check_weights(place: str, skeleton: PreTrainedModel) -> None:
         plain_names(parse_json(read_bytes(Path(index), MAX_HEADER)))
 
 
-def read_export(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The checkpoint in a folder as its user loads it, on the CPU; its code is Secateur's own modelling file.
+def read_export(folder: Path, dtype: torch.dtype, **placed: Any) -> PreTrainedModel:
+    """The checkpoint in a folder as its user loads it, on the CPU or where a `device_map` says; its code is Secateur's
+    own modelling file.
 
     Where another library in this process has registered a configuration for its `model_type`, too.
     """
@@ -205,30 +211,17 @@ def read_export(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         check_weights(folder)
         own = values.get("auto_map", {}).get("AutoModelForCausalLM")
         cls = get_class_from_dynamic_module(own, str(folder)) if own else AutoModelForCausalLM
-        model, found = cls.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True)
+        model, found = cls.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **placed
+        )
         if found["missing_keys"]:
             raise ValueError(f"its weights lack {min(found['missing_keys'])}")
+        forget_ties(model)
         loaded: PreTrainedModel = model.eval()
         return loaded
 
     exported: PreTrainedModel = _one_line(read, f"cannot load the export {folder}")
     return exported
-
-
-def weight_of(model: torch.nn.Module, name: str) -> torch.Tensor:
-    """A parameter's values, read from disk where accelerate has offloaded them."""
-    parameter = model.get_parameter(name).data
-    if not parameter.is_meta:
-        return parameter
-    module, _, own = name.rpartition(".")
-    offloaded: Any = model.get_submodule(module)
-    weights = offloaded._hf_hook.weights_map
-    where = weights.dataset.index.get(weights.prefix + own)
-    if where is None:  # offloaded to memory
-        return weights[own]
-    with safe_open(where["safetensors_file"], framework="pt") as file:  # in the file's own dtype, cast only once
-        value: torch.Tensor = file.get_tensor(where["weight_name"])
-    return value
 
 
 def weights_fingerprint(model: torch.nn.Module, names: Iterable[str]) -> str:

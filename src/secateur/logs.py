@@ -18,10 +18,10 @@ import yaml
 
 from secateur.config import Log
 from secateur.files import InputError, read_json, write_json
+from secateur.listeners import Progress
 from secateur.optimise import Step
 from secateur.recover import RecoveryStep
 from secateur.run import Run
-from secateur.session import Progress
 
 EXTRA = {"tensorboard": "log", "wandb": "wandb"}
 """Package → the extra of Secateur that brings it."""

@@ -265,8 +265,10 @@ def learn_along(ranks: Ranks) -> None:
 
 @contextmanager
 def _fast(model: PreTrainedModel, spread: bool) -> Iterator[None]:
-    """Within the context passes are faster; weights that are spread stay as they are dealt out."""
-    with memory_kept(), nullcontext() if spread else lowered(model):
+    """Within the context passes are faster; weights that are spread stay as they are dealt out, and memory that
+    offloaded ones have taken goes back at once."""
+    offloaded = any(parameter.is_meta for parameter in model.parameters())
+    with nullcontext() if offloaded else memory_kept(), nullcontext() if spread else lowered(model):
         yield
 
 

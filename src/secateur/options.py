@@ -93,8 +93,8 @@ class Plan(OnRun):
     shape: AnyShape = None
     """Widths of the export, as for `prune` (default: the run's); says what they cost beside ragged ones."""
     low_memory: bool = False
-    """Do not load the model, as ever where it does not fit in memory: the losses are not measured, and units that open
-    again by rounding to the budget are whole."""
+    """Do not load the model, as ever where not even what is outside of its layers fits in memory: the losses are not
+    measured, and units that open again by rounding to the budget are whole."""
     compare: bool = False
     """Say what each usual shape, and `--shape`, would cost in loss and save in bytes and FLOPs, and write nothing."""
 

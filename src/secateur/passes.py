@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import reduce
 
 import torch
+from torch.utils.checkpoint import set_checkpoint_early_stop
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -136,6 +137,9 @@ class Passes:
 def recomputing(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
     """Within the context, if `wanted`, layers keep only their inputs for the backward pass; dropout stays off.
 
+    What torch leaves out of a layer that is computed again, all after the last thing that the backward pass needs, is
+    done where weights are offloaded: it takes the weights of the last linear map out of memory once more.
+
     Raises InputError where the model cannot.
     """
     if not wanted:
@@ -148,7 +152,8 @@ def recomputing(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
     try:
         for layer in layers:
             layer.training = True  # of the layer's own flag alone, which is what switches checkpointing on
-        yield
+        with set_checkpoint_early_stop(not any(p.is_meta for p in model.parameters())):
+            yield
     finally:
         for layer in layers:
             layer.training = False

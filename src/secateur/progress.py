@@ -8,10 +8,10 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from secateur.config import Config
 from secateur.interrupts import check
+from secateur.listeners import Progress as Listener
 from secateur.optimise import Step
 from secateur.recipes import ONE_SHOT
 from secateur.recover import RecoveryStep
-from secateur.session import Progress as Listener
 
 TITLES = {
     "load": "loading the model",

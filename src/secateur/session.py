@@ -27,6 +27,7 @@ from secateur.gates import Gates, architecture_fingerprint, load_gates
 from secateur.guard import Guard, read_guards
 from secateur.hardware import free_memory
 from secateur.latency import LatencyTable, read_table
+from secateur.listeners import Progress
 from secateur.load import (
     Described,
     Loaded,
@@ -35,11 +36,10 @@ from secateur.load import (
     learning_dtype,
     load,
     pick_device,
+    places,
     weights_fingerprint,
 )
-from secateur.optimise import Step
 from secateur.ranks import here
-from secateur.recover import RecoveryStep
 from secateur.report.files import checked
 from secateur.run import Run
 from secateur.selftext import self_written
@@ -48,59 +48,6 @@ from secateur.updates import updates_of
 
 if TYPE_CHECKING:
     from secateur.tasks import Tasks
-
-
-class Progress:
-    """Hears of what the stages do, and says nothing; the command line's `Screen` draws it."""
-
-    def stage(self, name: str) -> None:
-        """A stage begins."""
-
-    def step(self, step: Step) -> None:
-        """A learning step is done."""
-
-    def recovered(self, step: RecoveryStep) -> None:
-        """A step of recovery is done."""
-
-    def size(self, name: str) -> None:
-        """Another size of a sweep begins."""
-
-    def measured(self, rows: int) -> None:
-        """The sensitivity of the gates has been measured on so many rows."""
-
-    def written(self, tokens: int) -> None:
-        """The model wrote so many more tokens of text for itself."""
-
-    def scored(self, rows: int, of: int) -> None:
-        """So many more rows of the zero-shot tasks went through a model, of so many for both models."""
-
-    def told(self, line: str) -> None:
-        """Something that was found out on the way."""
-
-    def warned(self, warning: str) -> None:
-        """Something that is possible, and maybe not meant."""
-
-    def evaluated(self, results: Mapping[str, Any]) -> None:
-        """Both models have been measured: what eval.json is to hold."""
-
-
-class Listeners(Progress):
-    """Tells several, in turn, all that a `Progress` hears."""
-
-    def __init__(self, each: Sequence[Progress]) -> None:
-        self.each = each
-
-
-def _told_to_each(name: str) -> Callable[..., None]:
-    def tell(self: Listeners, *said: Any) -> None:
-        for one in self.each:
-            getattr(one, name)(*said)
-
-    return tell
-
-
-for _name in [name for name in vars(Progress) if not name.startswith("_")]:
-    setattr(Listeners, _name, _told_to_each(_name))
 
 
 @dataclass
@@ -114,7 +61,9 @@ class Session:
     offload: Path | None = None
     """Where meanwhile, if they are converted when they are read."""
     learning: bool = False
-    """Whether gates are being learned, for which `--offload` holds."""
+    """Whether gates are being learned."""
+    whole: bool = False
+    """Whether weights are being changed, for which both models are in memory whatever `--offload` says."""
     _warned_of: set[Path] = field(default_factory=set)
 
     def autocast(self) -> torch.autocast:
@@ -136,19 +85,48 @@ class Session:
         for data in {c.data, c.eval_data, *guards} - {SELF, None}:
             local_files(str(data))  # a wrong path shows before a large model is loaded
         with self.timed("load"):
-            if not self.learning or c.offload == "none":
-                where = self.offload, self.described, None, c.shard
-                return load(c.model, c.device, c.dtype, c.trust_remote_code, *where)
-            folder = self.run.folder / f".weights.{os.getpid()}.tmp"
-            finalize(self, remove, folder)
-            return load(c.model, c.device, c.dtype, c.trust_remote_code, folder, self.described, c.offload)
+            layers_on = None if self.offload else self.layers_on
+            folder = self._scratch / "dense" if layers_on else self.offload
+            return load(c.model, c.device, c.dtype, c.trust_remote_code, folder, self.described, layers_on, c.shard)
 
-    def whole(self) -> None:
-        """Loads the dense model, all of it, for what comes after learning."""
-        if self.learning and self.config.offload != "none":
-            vars(self).pop("loaded", None)
-        self.learning = False
-        _model = self.loaded
+    @property
+    def layers_on(self) -> str | None:
+        """Where the dense model's decoder layers lie, "cpu" or "disk" (`--offload`), of a model that is too large for
+        memory on disk whenever nothing is learned; None: where all else lies."""
+        own = self.config.offload
+        if self.whole:
+            return None
+        on_cpu = pick_device(self.config.device).type == "cpu"
+        if own == "disk" or (own == "cpu" and (self.learning or not on_cpu)):
+            return own
+        return None if self.learning or self.too_large is None else "disk"
+
+    def export_placed(self, device: torch.device) -> dict[str, Any]:
+        """Options of `read_export` that leave the layers of the exported model where the dense one's lie, or on disk
+        where there is no memory for them beside it; none if all of it goes to the device."""
+        layers_on = self.layers_on
+        if layers_on is None and not self.whole and device.type == "cpu":
+            size = sum(file.stat().st_size for file in self.run.model.glob("*.safetensors"))
+            values = size / self.described.checkpoint_dtype.itemsize
+            layers_on = "disk" if 4 * values > free_memory() else None  # it is verified in float32
+        if layers_on is None:
+            return {}
+        folder = self._scratch / "export"
+        remove(folder)
+        return {"device_map": places(self.described, device, layers_on), "offload_folder": str(folder)}
+
+    @cached_property
+    def _scratch(self) -> Path:
+        """Where offloaded weights lie that are converted when they are read, as long as this session lives."""
+        folder = self.run.folder / f".weights.{os.getpid()}.tmp"
+        finalize(self, remove, folder)
+        return folder
+
+    def take_whole(self) -> None:
+        """From now on both models are in memory, all of them."""
+        self.whole = True
+        if self.in_memory and any(parameter.is_meta for parameter in self.loaded.model.parameters()):
+            vars(self).pop("loaded")
 
     @cached_property
     def described(self) -> Described:
@@ -168,16 +146,27 @@ class Session:
 
     @cached_property
     def unloadable(self) -> str | None:
-        """Why the dense model is not loaded; None where it is, or can be."""
+        """Why the dense model is not loaded, not even with its layers on disk; None where it is, or can be."""
         if self.in_memory:
             return None
         if self.low_memory:
             return "--low-memory leaves the weights on disk"
+        if self.too_large is None:
+            return None
+        layers = f"{self.described.description.layers}."
+        return self._lacking("the weights outside of the layers", lambda name: not name.startswith(layers))
+
+    @cached_property
+    def too_large(self) -> str | None:
+        """Why the dense model cannot be in memory as a whole; None where it can."""
+        return self._lacking("the weights", lambda _name: True)
+
+    def _lacking(self, what: str, counts: Callable[[str], bool]) -> str | None:
         device = pick_device(self.config.device)
         dtype = learning_dtype(self.described, device, self.config.dtype)
-        need = dtype.itemsize * sum(map(prod, self.described.description.shapes.values()))
+        need = dtype.itemsize * sum(prod(s) for n, s in self.described.description.shapes.items() if counts(n))
         free = free_memory() if device.type == "cpu" else need
-        return None if need <= free else f"the weights take {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free"
+        return None if need <= free else f"{what} take {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free"
 
     @property
     def _converts(self) -> bool:
@@ -188,7 +177,7 @@ class Session:
         """Within the context, the weights of a model that is not loaded yet stay in their files, and each is read when
         it is needed. Where transformers converts weights when it reads them (experts, GGUF), which takes a second copy
         of these in the run folder meanwhile, only if the model cannot be loaded."""
-        if self.in_memory or (self._converts and self.unloadable is None):
+        if self.in_memory or (self._converts and not self.low_memory and self.too_large is None):
             yield
             return
         with scratch_folder(self.run.folder, "offload") as self.offload:

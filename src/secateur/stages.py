@@ -3,6 +3,7 @@
 `remaining_stages` is all of them in a row with the model loaded once. The command line only parses and prints.
 """
 
+import gc
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from secateur.attach import attached, compensation
+from secateur.attach import compensation
 from secateur.budget import everything, figures
 from secateur.card import model_card, public_name
 from secateur.evaluate import compared
@@ -39,7 +40,7 @@ from secateur.session import Session
 from secateur.slicing import fold, pruned_shapes
 from secateur.units import Group
 from secateur.updates import rewrite_weights, updates_of
-from secateur.verify import Comparison, compare, folded, logits_of, with_weights_in
+from secateur.verify import Comparison, verified
 
 VERIFIED_ROWS = 4
 """Held-out rows on which gated and exported logits are compared."""
@@ -148,6 +149,9 @@ def load_export(session: Session, dtype: torch.dtype) -> PreTrainedModel:
     """The exported model as its user loads it; the code it runs is Secateur's own modelling file."""
     folder = checked_export(session.run)
     device = next(session.loaded.model.parameters()).device
+    gc.collect()  # an earlier one with offloaded weights, which accelerate's hooks tie to itself
+    if placed := session.export_placed(device):
+        return read_export(folder, dtype, **placed)
     return read_export(folder, dtype).to(device)
 
 
@@ -164,39 +168,12 @@ def verify_stage(session: Session) -> list[Comparison]:
     gates = {name: gate.to(next(model.parameters()).device) for name, gate in plan.gates(groups).items()}
     biases = compensation(model, groups, gates, plan.means)
     ids_NT = session.blocks.held_out_NT[:VERIFIED_ROWS]
-    learning_dtype = next(model.parameters()).dtype
     with session.timed("verify"):
-        exported = load_export(session, own)
+        exported = load_export(session, torch.float32)
         shapes = {name: tuple(p.shape) for name, p in exported.named_parameters()}
         if shapes != pruned_shapes(loaded.description, plan):
             raise InputError(f"{run.model} was exported from another plan; run `secateur export {run.folder}` first")
-        comparisons = []
-        try:
-            if own != torch.float32:
-                with attached(with_weights_in(model, torch.float32), groups, gates, biases):
-                    exact_NTV = logits_of(model, ids_NT)
-                with attached(with_weights_in(model, own), groups, gates, biases):
-                    gated_NTV = logits_of(model, ids_NT)
-                noise = (exact_NTV - gated_NTV).abs().mean().item()
-                name = str(own).removeprefix("torch.")
-                comparisons.append(compare(gated_NTV, logits_of(exported, ids_NT), name, noise))
-            exact = own == torch.float32  # else the export's weights are rounded after folding, and so must these be
-
-            def gated_in(dtype: torch.dtype) -> torch.Tensor:
-                with_weights_in(model, dtype)
-                with attached(model, groups, gates, biases) if exact else folded(model, groups, gates, own, biases):
-                    return logits_of(model, ids_NT)
-
-            gated_NTV = gated_in(torch.float32)
-            exported_NTV = logits_of(with_weights_in(exported, torch.float32), ids_NT)
-            comparison = compare(gated_NTV, exported_NTV, "float32")
-            if not comparison.passed and model.device.type != "mps":  # which has no float64
-                double_NTV = gated_in(torch.float64)
-                noise = (double_NTV - gated_NTV).abs().mean().item()
-                comparison = compare(double_NTV, exported_NTV, "float32", noise)
-            comparisons.append(comparison)
-        finally:
-            with_weights_in(model, learning_dtype)
+        comparisons = verified(model, exported, groups, gates, biases, own, ids_NT)
         passed = all(c.passed for c in comparisons)
         write_json(run.verify, {"passed": passed, "comparisons": [asdict(c) for c in comparisons]})
     if not passed:
@@ -215,6 +192,7 @@ def verify_stage(session: Session) -> list[Comparison]:
 def refit_stage(session: Session) -> list[Refit]:
     """Solves the export's output projections anew, in `--refit-rounds`, and writes them in their place: RUN/model,
     refit.json."""
+    session.take_whole()
     run, c, loaded = session.run, session.config, session.loaded
     if not c.steps:
         raise InputError("this run took --steps 0, so it has no calibration text to refit on")
@@ -267,6 +245,7 @@ def _regated(session: Session, student: PreTrainedModel, groups: Sequence[Group]
 def recover_stage(session: Session) -> list[str]:
     """Trains the exported weights with the dense model as teacher and writes them in their place: RUN/model,
     recover.jsonl. Returns what has been done to the export's weights by now."""
+    session.take_whole()
     run, c, loaded = session.run, session.config, session.loaded
     if c.recover is None:
         raise InputError(f"what to train? Say `secateur recover {run.folder} --recover lora` or `full`")
@@ -374,7 +353,6 @@ def remaining_stages(session: Session) -> dict[str, Any]:
         plan_stage(session)
     verified = (verification(run.verify) or {"passed": False})["passed"]
     if not run.model.is_dir() or (updates_of(run.model) and not verified):
-        session.whole()  # which all that follows needs
         export_stage(session)
         verified = False
     if not verified:
