@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from runs import complaint, leftovers, prune_arguments, same_gates, secateur
-from secateur import __version__, passes, planning, stages
+from secateur import __version__, passes, planning, stages, verify
 from secateur import export as exporting
 from secateur import gates as gating
 from secateur import learn as learning
@@ -173,7 +173,7 @@ INTERRUPTIONS = {
     "saving gates": (gating, "save_file", send(signal.SIGINT)),
     "planning": (planning, "make_plan", send(signal.SIGINT)),
     "exporting": (exporting, "write_shards", send(signal.SIGINT)),
-    "verifying": (stages, "compare", send(signal.SIGINT)),
+    "verifying": (verify, "compare", send(signal.SIGINT)),
     "evaluating": (stages, "compared", send(signal.SIGINT)),
 }
 

@@ -24,8 +24,9 @@ SOURCES = {
 FOREIGN = {
     "--tensor-parallel-size", "--port", "--data", "--header", "--silent", "--fail", "--retry", "--retry-delay",
     "--retry-connrefused", "--no-deps", "--nproc-per-node", "--num_processes", "--module",
+    "--prune", "--gigabytes", "--limit",
 }  # fmt: skip
-"""Options of other programs that pages show."""
+"""Options of other programs that pages show, benchmarks among them."""
 DATA = ("py", "json", "jsonl", "safetensors", "yaml", "html", "png")
 """What follows the dot of a file."""
 

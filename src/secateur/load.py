@@ -120,14 +120,14 @@ def load(
     return Loaded(model, tokenizer, described.description, described.checkpoint_dtype)
 
 
-def places(described: Described, device: torch.device, layers_on: str) -> dict[str, str]:
+def places(known: Described | Loaded, device: torch.device, layers_on: str) -> dict[str, str]:
     """Where each module is to lie when the decoder layers lie elsewhere: all others are named, as accelerate wants.
 
     Of the pruned model, too: it has the same modules outside of its layers.
     """
-    layers = described.description.layers
+    layers = known.description.layers
     others = [
-        n for n, m in described.model.named_modules() if not list(m.children()) and not n.startswith(f"{layers}.")
+        n for n, m in known.model.named_modules() if not list(m.children()) and not n.startswith(f"{layers}.")
     ]
     return {**dict.fromkeys(others, str(device)), layers: layers_on}
 

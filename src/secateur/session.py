@@ -104,16 +104,16 @@ class Session:
     def export_placed(self, device: torch.device) -> dict[str, Any]:
         """Options of `read_export` that leave the layers of the exported model where the dense one's lie, or on disk
         where there is no memory for them beside it; none if all of it goes to the device."""
-        layers_on = self.layers_on
+        layers_on, known = self.layers_on, self.loaded if self.in_memory else self.described
         if layers_on is None and not self.whole and device.type == "cpu":
             size = sum(file.stat().st_size for file in self.run.model.glob("*.safetensors"))
-            values = size / self.described.checkpoint_dtype.itemsize
+            values = size / known.checkpoint_dtype.itemsize
             layers_on = "disk" if 4 * values > free_memory() else None  # it is verified in float32
         if layers_on is None:
             return {}
         folder = self._scratch / "export"
         remove(folder)
-        return {"device_map": places(self.described, device, layers_on), "offload_folder": str(folder)}
+        return {"device_map": places(known, device, layers_on), "offload_folder": str(folder)}
 
     @cached_property
     def _scratch(self) -> Path:
@@ -158,8 +158,8 @@ class Session:
 
     @cached_property
     def too_large(self) -> str | None:
-        """Why the dense model cannot be in memory as a whole; None where it can."""
-        return self._lacking("the weights", lambda _name: True)
+        """Why the dense model cannot be in memory as a whole; None where it can, or is."""
+        return None if self.in_memory else self._lacking("the weights", lambda _name: True)
 
     def _lacking(self, what: str, counts: Callable[[str], bool]) -> str | None:
         device = pick_device(self.config.device)
