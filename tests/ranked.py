@@ -75,7 +75,7 @@ def launch(
 ) -> Launched:
     """Starts so many ranks; each calls `first` before the command."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["secateur.stages", "secateur.cli", "secateur.ranks", "secateur.progress", "runs"])
+    context.set_forkserver_preload(["secateur.stages", "secateur.cli", "secateur.ranks", "secateur.progress"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
