@@ -67,9 +67,11 @@ class Judge:
     @cached_property
     def texts(self) -> dict[str, torch.Tensor]:
         """Windows of every text, shape (N, T)."""
-        return {name: self._windows(str(self.data / file)) for name, file in TEXTS.items()}
+        return {name: self.windows(file) for name, file in TEXTS.items()}
 
-    def _windows(self, file: str) -> torch.Tensor:
+    def windows(self, name: str) -> torch.Tensor:
+        """The first windows of a file below the data folder, shape (N, T)."""
+        file = str(self.data / name)
         text = evaluation_text(file, characters=WINDOWS * LENGTH * 12)
         tokens_T = self.tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
         return windows(tokens_T, WINDOWS, LENGTH, file, self.bos)

@@ -13,13 +13,12 @@ import math
 import sys
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
-from judge import LENGTH, WINDOWS, linked_calibration
+from judge import Judge, linked_calibration
 from secateur.bos import leading_bos
 from secateur.config import Config
-from secateur.evaluate import mean_loss, windows
+from secateur.evaluate import mean_loss
 from secateur.files import InputError
 from secateur.load import Loaded, autocast, load
 from secateur.plan import load_plan
@@ -29,7 +28,6 @@ from secateur.session import Session
 from secateur.sizes import session_on
 from secateur.stages import learn_stage, plan_stage
 from secateur.sweep import is_done, learn_sizes, swept_runs
-from secateur.text import evaluation_text
 
 TEXTS = {"WikiText-2 validation": "text/wikitext2_raw_valid.txt.gz", "C4": "text/c4_calib.jsonl.gz"}
 console = Console(highlight=False, soft_wrap=True)
@@ -43,13 +41,9 @@ class Beside:
         self.bos = leading_bos(self.loaded.model, self.loaded.tokenizer)
         self.model, self.work = model, work
         self.calibration = linked_calibration(data, work / "calibration")
-        self.texts = {name: self._windows(str(data / file)) for name, file in TEXTS.items()}
+        judge = Judge(self.loaded.tokenizer, self.bos, data)
+        self.texts = {name: judge.windows(file) for name, file in TEXTS.items()}
         self.dense: dict[str, float] | None = None
-
-    def _windows(self, file: str) -> torch.Tensor:
-        text = evaluation_text(file, characters=WINDOWS * LENGTH * 12)
-        ids_T = self.loaded.tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
-        return windows(ids_T, WINDOWS, LENGTH, file, self.bos)
 
     def run(self, name: str, **settings: object) -> Run:
         """The run folder of that name, begun now or earlier."""

@@ -126,9 +126,7 @@ def places(known: Described | Loaded, device: torch.device, layers_on: str) -> d
     Of the pruned model, too: it has the same modules outside of its layers.
     """
     layers = known.description.layers
-    others = [
-        n for n, m in known.model.named_modules() if not list(m.children()) and not n.startswith(f"{layers}.")
-    ]
+    others = [n for n, m in known.model.named_modules() if not list(m.children()) and not n.startswith(f"{layers}.")]
     return {**dict.fromkeys(others, str(device)), layers: layers_on}
 
 

@@ -24,6 +24,7 @@ from secateur.gates import Gates, save_gates
 from secateur.importance import ONE_SHOT
 from secateur.learn import LearningDiverged, Start, learn
 from secateur.load import autocast, load, pick_device
+from secateur.offloaded import is_offloaded
 from secateur.optimise import BARELY_OPEN, Step
 from secateur.order import kept_for, ranked
 from secateur.policy import policy_of
@@ -267,8 +268,7 @@ def learn_along(ranks: Ranks) -> None:
 def _fast(model: PreTrainedModel, spread: bool) -> Iterator[None]:
     """Within the context passes are faster; weights that are spread stay as they are dealt out, and memory that
     offloaded ones have taken goes back at once."""
-    offloaded = any(parameter.is_meta for parameter in model.parameters())
-    with nullcontext() if offloaded else memory_kept(), nullcontext() if spread else lowered(model):
+    with nullcontext() if is_offloaded(model) else memory_kept(), nullcontext() if spread else lowered(model):
         yield
 
 

@@ -17,6 +17,11 @@ Change = Callable[[Any], Tensor]
 """A parameter's own value (None: the module has none) → the value it is to have, in any floating-point dtype."""
 
 
+def is_offloaded(model: nn.Module) -> bool:
+    """Whether some of its parameters are."""
+    return any(parameter.is_meta for parameter in model.parameters())
+
+
 def weight_of(model: nn.Module, name: str) -> Tensor:
     """A parameter's values, read from where accelerate has offloaded them."""
     parameter = model.get_parameter(name).data

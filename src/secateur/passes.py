@@ -19,6 +19,7 @@ from secateur.attach import attached
 from secateur.files import InputError
 from secateur.gates import by_group
 from secateur.objective import KeptWords, distillation_loss, kept_distillation_loss
+from secateur.offloaded import is_offloaded
 from secateur.ranks import ALONE, Ranks
 from secateur.recipes import Recipe
 from secateur.teacher import Exactness, TeacherCache
@@ -152,7 +153,7 @@ def recomputing(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
     try:
         for layer in layers:
             layer.training = True  # of the layer's own flag alone, which is what switches checkpointing on
-        with set_checkpoint_early_stop(not any(p.is_meta for p in model.parameters())):
+        with set_checkpoint_early_stop(not is_offloaded(model)):
             yield
     finally:
         for layer in layers:

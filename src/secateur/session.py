@@ -39,6 +39,7 @@ from secateur.load import (
     places,
     weights_fingerprint,
 )
+from secateur.offloaded import is_offloaded
 from secateur.ranks import here
 from secateur.report.files import checked
 from secateur.run import Run
@@ -125,7 +126,7 @@ class Session:
     def take_whole(self) -> None:
         """From now on both models are in memory, all of them."""
         self.whole = True
-        if self.in_memory and any(parameter.is_meta for parameter in self.loaded.model.parameters()):
+        if self.in_memory and is_offloaded(self.loaded.model):
             vars(self).pop("loaded")
 
     @cached_property

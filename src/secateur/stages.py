@@ -351,11 +351,11 @@ def remaining_stages(session: Session) -> dict[str, Any]:
     session.recovered_before()  # whose states go then, too
     if not run.plan.exists():
         plan_stage(session)
-    verified = (verification(run.verify) or {"passed": False})["passed"]
-    if not run.model.is_dir() or (updates_of(run.model) and not verified):
+    is_verified = (verification(run.verify) or {"passed": False})["passed"]
+    if not run.model.is_dir() or (updates_of(run.model) and not is_verified):
         export_stage(session)
-        verified = False
-    if not verified:
+        is_verified = False
+    if not is_verified:
         verify_stage(session)
     if run.config.refit and "refit" not in updates_of(run.model):
         refit_stage(session)
