@@ -194,6 +194,7 @@ def studied(done, tmp_path):
         values = result(done, LEARNED if cell.method == "deterministic" else ONE_SHOT)
         for text_name in judge.TEXTS:
             values["perplexity"][text_name]["times_dense"] = times
+        values["held_out"] = {"dense": 2.0 + cell.seed, "pruned": 2.25 + 2 * cell.seed}
         write_json(folder / f"{cell.id}.json", values)
     return folder
 
@@ -209,7 +210,8 @@ def test_the_report_has_a_row_a_method_and_a_dash_for_what_was_not_run(studied, 
     said = written_report(studied, tmp_path, with_plots=False)
     assert said.startswith("before") and said.rstrip().endswith("after") and "old" not in said
     rows = said.splitlines()
-    assert any(row.startswith("| deterministic | 25 k | 1.52 ± 0.02 |") for row in rows)
+    assert any(row.startswith("| deterministic | 25 k | 1.52 ± 0.02 | 1.52 ± 0.02 | 0.250 |") for row in rows)
+    assert "| deterministic | 0.250 | – | – |" in rows, "each seed holds other documents out"
     assert any(row.startswith("| magnitude | 25 k | 3.00 |") for row in rows)
     assert any(row.startswith("| flap | 25 k | – | – |") for row in rows)
     assert "**Not run yet**" in said and "flap, wanda-sp" in said and "hard-concrete (seed 2)" in said
