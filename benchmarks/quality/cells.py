@@ -124,7 +124,7 @@ def _study(model: str) -> list[Cell]:
     cells += [Cell(model, "deterministic", s, variant=v) for v, s in product(("refit", "lora"), low_high)]
     cells += [Cell(model, "deterministic", s, variant=v) for v, s in product(("no-kd", "no-binarise"), low_high)]
     cells += [Cell(model, "deterministic", s, STEPS_100K, variant="refit") for s in low_high]
-    cells += [Cell(model, "hard-concrete", s, seed=seed) for s, seed in product(low_high, (1, 2))]
+    cells += [Cell(model, m, s, seed=seed) for m, s, seed in product(RELAXATIONS, low_high, (1, 2))]
     cells += [Cell(model, "deterministic", s, variant=v) for v, s in product(("full", "refit+lora"), low_high)]
     matter = ("hard-concrete", "grasprune", "sensitivity")
     cells += [Cell(model, m, s, STEPS_100K) for m, s in product(matter, low_high)]
