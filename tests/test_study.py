@@ -190,8 +190,10 @@ def studied(done, tmp_path):
         (Cell("smollm2", "deterministic", 0.2), 1.50), (Cell("smollm2", "deterministic", 0.2, seed=1), 1.52),
         (Cell("smollm2", "deterministic", 0.2, seed=2), 1.54), (Cell("smollm2", "sensitivity", 0.2), 1.53),
         (Cell("smollm2", "magnitude", 0.2), 3.00),
+        *((Cell("smollm2", "grasprune", 0.2, seed=seed), 1.55 + 0.02 * seed) for seed in range(3)),
+        *((Cell("smollm2", "hard-concrete", 0.2, seed=seed), 1.55 - 0.1 * seed) for seed in range(3)),
     ):  # fmt: skip
-        values = result(done, LEARNED if cell.method == "deterministic" else ONE_SHOT)
+        values = result(done, ONE_SHOT if cell.method in ("sensitivity", "magnitude") else LEARNED)
         for text_name in judge.TEXTS:
             values["perplexity"][text_name]["times_dense"] = times
         values["held_out"] = {"dense": 2.0 + cell.seed, "pruned": 2.25 + 2 * cell.seed}
@@ -214,13 +216,15 @@ def test_the_report_has_a_row_a_method_and_a_dash_for_what_was_not_run(studied, 
     assert "| deterministic | 0.250 | – | – |" in rows, "each seed holds other documents out"
     assert any(row.startswith("| magnitude | 25 k | 3.00 |") for row in rows)
     assert any(row.startswith("| flap | 25 k | – | – |") for row in rows)
-    assert "**Not run yet**" in said and "flap, wanda-sp" in said and "hard-concrete (seed 2)" in said
+    assert "**Not run yet**" in said and "flap, wanda-sp" in said and "sensitivity (seed 2)" in said
 
 
 def test_a_margin_counts_only_beyond_the_spread_over_seeds(studied, tmp_path):
     rows = written_report(studied, tmp_path, with_plots=False).splitlines()
     assert "| magnitude | **+100.0 %** | **+100.0 %** |" in rows
     assert "| sensitivity | +2.0 % | +2.0 % |" in rows
+    assert "| grasprune | **+3.3 ± 0.0 %** | **+3.3 ± 0.0 %** |" in rows, "every seed says the same"
+    assert "| hard-concrete | −4.8 ± 8.2 % | −4.8 ± 8.2 % |" in rows, "seeds do not agree"
 
 
 def test_plots_are_drawn_of_what_there_is(studied, tmp_path):

@@ -17,6 +17,9 @@ Read = Callable[[Result], float]
 NOISE_FACTOR = 2 * math.sqrt(2)
 """A margin counts from this many standard deviations over seeds on: two, of a difference of two noisy figures."""
 
+STUDENT_T = {3: 4.303, 4: 3.182, 5: 2.776}
+"""Number of pairs → the quantile of Student's t for a confidence of 95 % on both sides."""
+
 
 def times_dense(text: str) -> Read:
     """Perplexity on a text as a multiple of the dense model's."""
@@ -53,11 +56,35 @@ class Entry:
         logs = [math.log(value) for value in self.values(read)]
         return NOISE_FACTOR * statistics.stdev(logs) if len(logs) > 1 else None
 
-    def margin(self, other: "Entry", read: Read) -> float | None:
-        """Mean log ratio of a figure to another entry's, at the seeds that both have."""
-        shared = self.by_seed.keys() & other.by_seed.keys()
+    def margin(self, other: "Entry", read: Read) -> "Margin | None":
+        """Log ratios of a figure to another entry's, at the seeds that both have."""
+        shared = sorted(self.by_seed.keys() & other.by_seed.keys())
         logs = [math.log(read(self.by_seed[seed]) / read(other.by_seed[seed])) for seed in shared]
-        return statistics.fmean(logs) if logs else None
+        return Margin(tuple(logs)) if logs else None
+
+
+@dataclass(frozen=True)
+class Margin:
+    """How much higher one row's figure is than another's, as log ratios within each seed: the same text in the same
+    order, and the same documents held out."""
+
+    logs: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Over seeds."""
+        return statistics.fmean(self.logs)
+
+    @property
+    def deviation(self) -> float | None:
+        """Standard deviation over seeds. None for a single one."""
+        return statistics.stdev(self.logs) if len(self.logs) > 1 else None
+
+    def counts(self, noise: float | None) -> bool:
+        """Whether it is more than noise: that of pairs where there are three seeds, else that of the other row."""
+        if self.deviation is not None and len(self.logs) in STUDENT_T:
+            return abs(self.mean) > STUDENT_T[len(self.logs)] * self.deviation / math.sqrt(len(self.logs))
+        return noise is not None and abs(self.mean) > noise
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 
 from cells import LEARNED, STEPS_25K, Cell
 from judge import TASKS, TEXTS
-from results import Entry, Read, Result, Results, accuracy, held_out_rise, times_dense
+from results import Entry, Margin, Read, Result, Results, accuracy, held_out_rise, times_dense
 
 NONE = "–"
 DEFAULT = "deterministic"
@@ -86,14 +86,15 @@ def _task(result: Result, task: str) -> str:
 def margins_table(results: Results, sparsity: float, steps: int = STEPS_25K) -> str:
     """How much higher or lower each method's perplexity is than the default's, at equal tokens and seeds.
 
-    Bold where the margin exceeds the noise, which the first row states.
+    Bold where the margin exceeds the noise: for rows of one seed that of the default, which the first row states; for
+    rows of three seeds that of their pairs, whose standard deviation follows the mean.
     """
     tokens = Cell("", DEFAULT, sparsity, steps).tokens
     reads = [times_dense(text) for text in TEXTS]
     default = results.entry(DEFAULT, sparsity, tokens)
     assert default is not None
     noises = [default.noise(read) for read in reads]
-    rows = [["noise: a margin counts from", *(NONE if noise is None else f"{_percent(noise)}" for noise in noises)]]
+    rows = [["noise of one seed", *(NONE if noise is None else _percent(noise) for noise in noises)]]
     for entry in results.entries:
         if (entry.cell.sparsity, entry.cell.tokens) == (sparsity, tokens) and entry is not default:
             margins = (entry.margin(default, read) for read in reads)
@@ -101,10 +102,13 @@ def margins_table(results: Results, sparsity: float, steps: int = STEPS_25K) -> 
     return table([f"against {DEFAULT}", *(TEXT_TITLES[text] for text in TEXTS)], rows)
 
 
-def _margin(margin: float | None, noise: float | None) -> str:
+def _margin(margin: Margin | None, noise: float | None) -> str:
     if margin is None:
         return NONE
-    return f"**{_percent(margin)}**" if noise is not None and abs(margin) > noise else _percent(margin)
+    said = _percent(margin.mean)
+    if margin.deviation is not None:
+        said = said.replace(" %", f" ± {100 * margin.deviation:.1f} %")
+    return f"**{said}**" if margin.counts(noise) else said
 
 
 def _percent(log_ratio: float) -> str:
