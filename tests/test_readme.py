@@ -11,7 +11,7 @@ import secateur
 from secateur.cli import COMMANDS
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
 COMMAND_LINES = sorted(set(re.findall(rf"secateur (?:{'|'.join(COMMANDS)})\b[^\n`|]*", README)))
 
 
