@@ -91,16 +91,18 @@ class Judge:
 
     def _figures(self, model: PreTrainedModel, dense: dict[str, Any] | None) -> dict[str, Any]:
         perplexities = {name: asdict(perplexity(model, ids_NT)) for name, ids_NT in self.texts.items()}
-        if dense is not None:
-            for name, figure in perplexities.items():
-                figure["times_dense"] = figure["perplexity"] / dense["perplexity"][name]["perplexity"]
         tasks = self._answered(model)
-        for name, answers in tasks.items() if dense is not None else ():
+        figures = {"perplexity": perplexities, "tasks": tasks}
+        if dense is None:
+            return figures
+        for name, figure in perplexities.items():
+            figure["times_dense"] = figure["perplexity"] / dense["perplexity"][name]["perplexity"]
+        for name, answers in tasks.items():
             before = dense["tasks"][name]
             assert answers["asked"] == before["asked"], f"dense.json was measured on other items of {name}"
             gaps = [int(new) - int(old) for new, old in zip(answers["right"], before["right"], strict=True)]
             answers |= {"difference": statistics.fmean(gaps), "difference_se": float(mean_stderr(gaps))}
-        return {"perplexity": perplexities, "tasks": tasks}
+        return figures
 
     def _answered(self, model: PreTrainedModel) -> dict[str, dict[str, Any]]:
         """Accuracy by task, and which items were answered right, so that any two models can be compared item by item.

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from secateur.load import autocast
 from secateur.measure import processor
 
 PACKAGES = ("secateur", "torch", "transformers", "lm_eval")
@@ -15,14 +16,17 @@ ROOT = Path(__file__).parents[2]
 
 
 def machine() -> dict[str, str | int]:
-    """Processor, cores that may be used, threads that torch uses, and memory."""
+    """Processor, cores that may be used, threads that torch uses, memory, and what `--precision auto` is here."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with autocast(torch.device("cpu"), "auto"):
+        low = torch.is_autocast_enabled("cpu")
     return {
         "cpu": processor(),
         "cores": os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
         "ram_gb": round(memory / 1e9),
         "system": platform.system(),
+        "precision": "bfloat16" if low else "float32",
     }
 
 

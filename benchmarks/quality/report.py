@@ -65,6 +65,7 @@ def _measured_with(results: Results) -> str:
         return "Nothing has been measured yet."
     machines = (
         f"{m['cpu']}, {m['cores']} cores ({m['threads']} threads used), {m['ram_gb']} GB of memory"
+        + (f", {m['precision']}" if "precision" in m else "")
         for m in distinct("machine")
     )
     packages: dict[str, dict[str, None]] = {}
