@@ -11,10 +11,10 @@ from runs import described, random_tokens, small_llama
 from secateur.attach import attached, compensation, writer
 from secateur.budget import largest_that_fits
 from secateur.importance import ONE_SHOT, flap, magnitude, sensitivity, taylor_element, taylor_vector, wanda_sp
+from secateur.learn import learn
 from secateur.optimise import Optimiser
 from secateur.order import ranked
 from secateur.recipes import OF_EXPERTS, auto_recipe
-from secateur.sensitivity import balanced, gate_sensitivity, weighted
 
 IDS = random_tokens(3, 9)
 
@@ -24,8 +24,8 @@ def model(request):
     return small_llama(num_key_value_heads=request.param, attention_bias=True)
 
 
-def scores(score, model, scope="model", **options):
-    description, limits = described(model, 0.3, scope)
+def scores(score, model, scope="model", sparsity=0.3, **options):
+    description, limits = described(model, sparsity, scope)
     return description, limits, score(model, description.groups, IDS, limits, lambda _: None, **options)
 
 
@@ -114,16 +114,14 @@ def test_taylor_is_weight_times_the_gradient_of_the_mean_loss_over_all_rows(mode
     torch.testing.assert_close(found.score_N, torch.tensor(expected) / limits.share_N, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("sparsity", [0.2, 0.5])
 @pytest.mark.parametrize("scope", ["model", "kind", "layer"])
-def test_sensitivity_keeps_the_units_with_which_the_default_method_starts(model, scope):
-    recipe = auto_recipe(30)
-    description, limits, found = scores(sensitivity, model, scope, recipe=recipe)
-    sensitivity_N = weighted(
-        gate_sensitivity(model, description.groups, IDS), description.groups, recipe.attention_weight
-    )
-    optimiser = Optimiser(recipe, limits, 30, 0, torch.device("cpu"))
-    optimiser.start_from(sensitivity_N, balanced(sensitivity_N, description.groups, recipe.layer_balance))
-    assert torch.equal(largest_that_fits(found.score_N, limits), optimiser.z_N == 1.0)
+def test_sensitivity_keeps_the_units_with_which_the_default_method_starts(model, scope, sparsity, monkeypatch):
+    recipe, started, start_from = auto_recipe(3), [], Optimiser.start_from
+    description, limits, found = scores(sensitivity, model, scope, sparsity, recipe=recipe)
+    monkeypatch.setattr(Optimiser, "start_from", lambda own, *a: (start_from(own, *a), started.append(own.z_N)))
+    learn(model, description.groups, IDS, IDS[:1], limits, recipe, steps=3, batch_size=1)
+    assert torch.equal(largest_that_fits(found.score_N, limits), started[0] == 1.0)
 
 
 @pytest.mark.parametrize("method", [m for m in ONE_SHOT if m not in ("sensitivity", *OF_EXPERTS)])

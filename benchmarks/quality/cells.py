@@ -29,12 +29,11 @@ AFTERWARDS: dict[str, dict[str, Any]] = {
     "refit": {"refit": True},
     "lora": {"recover": "lora"},
     "full": {"recover": "full"},
-    "refit+lora": {"refit": True, "recover": "lora"},
 }
-"""Variants that change the weights after pruning: their gates are those of the cell without a variant."""
+"""Changes of the weights after pruning: the gates are those of the cell without them."""
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "": {},
+CHANGES: dict[str, dict[str, Any]] = {
+    "once": {"remeasure": False},
     "no-kd": {"kd_weight": 0.0},
     "no-binarise": {"binarise": False},
     "paper": {"recipe": "paper"},
@@ -44,7 +43,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "padded": {"shape": "padded"},
     **AFTERWARDS,
 }
-"""Name of a variant → the settings in which it differs from the defaults."""
+"""Name of a change → the settings in which it differs from the defaults. A variant is one, or several joined by +."""
 
 BASELINES = ("sensitivity", "flap", "wanda-sp", "taylor-vector", "taylor-element", "magnitude")
 RELAXATIONS = ("hard-concrete", "hard-concrete-deterministic", "hard-concrete-expanded", "grasprune")
@@ -79,7 +78,15 @@ class Cell:
     @property
     def recovery_tokens(self) -> int:
         """Tokens that weights are trained on after pruning: as many again, the same ones."""
-        return self.tokens if "recover" in VARIANTS[self.variant] else 0
+        return self.tokens if "recover" in self.changes else 0
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """Settings in which the cell's variant differs from the defaults."""
+        changes: dict[str, Any] = {}
+        for name in filter(None, self.variant.split("+")):
+            changes |= CHANGES[name]
+        return changes
 
     @property
     def name(self) -> str:
@@ -93,8 +100,8 @@ class Cell:
 
     @property
     def learns_as(self) -> "Cell":
-        """The cell with the same gates: itself, but for variants that only change weights afterwards."""
-        return replace(self, variant="") if self.variant in AFTERWARDS else self
+        """The cell with the same gates: itself without what only changes weights afterwards."""
+        return replace(self, variant="+".join(name for name in self.variant.split("+") if name not in AFTERWARDS))
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -103,7 +110,7 @@ class Cell:
         own = {"method": self.method, "sparsity": self.sparsity, "steps": self.steps, "seed": self.seed}
         sizes = {"batch_size": BATCH_SIZE, "seq_len": SEQ_LEN, "held_out_tokens": HELD_OUT_TOKENS}
         recovery = {"recover_steps": self.steps} if self.recovery_tokens else {}
-        return own | sizes | measured | recovery | VARIANTS[self.variant]
+        return own | sizes | measured | recovery | self.changes
 
 
 def cells_of(model: str) -> tuple[Cell, ...]:
@@ -133,13 +140,43 @@ def _study(model: str) -> list[Cell]:
     cells += [Cell(model, "sensitivity", s, variant=v) for v, s in product(("refit", "lora"), low_high)]
     cells += [Cell(model, "deterministic", 0.35), Cell(model, "sensitivity", 0.35)]
     cells += [Cell(model, "deterministic", 0.35, STEPS_100K)]
-    cells += [Cell(model, m, 0.5, STEPS_100K, seed=seed) for m, seed in product(("deterministic", "grasprune"), (1, 2))]
-    return cells + [Cell(model, "deterministic", s, STEPS_400K) for s in low_high]
+    cells += [Cell(model, "deterministic", 0.5, STEPS_100K, seed=seed) for seed in (1, 2)]
+    cells += [Cell(model, "deterministic", s, STEPS_400K) for s in low_high]
+    return _both_ways(cells)
+
+
+def _both_ways(cells: list[Cell]) -> list[Cell]:
+    """Of cells whose budget takes so much that sensitivity is measured again, what each way tells: all that was there
+    before is compared with `once`, and the main rows are there in both."""
+    found = []
+    for cell in cells:
+        again = Config(cell.model, **cell.settings).resolved().remeasured_rows > 0
+        if not again or _is_main(cell):
+            found.append(cell)
+        if again and not _is_later(cell):
+            found.append(replace(cell, variant="+".join(filter(None, ("once", cell.variant)))))
+    return found
+
+
+def _is_main(cell: Cell) -> bool:
+    if cell.method == "hard-concrete":
+        return cell.steps == STEPS_25K
+    if cell.variant and (cell.method, cell.variant) != ("deterministic", "lora"):
+        return False
+    return cell.method in ("deterministic", "grasprune") or (cell.method == "sensitivity" and cell.steps == STEPS_25K)
+
+
+def _is_later(cell: Cell) -> bool:
+    """What was not there when sensitivity was measured once only."""
+    if cell.variant == "refit+lora" or (cell.method, cell.variant) == ("sensitivity", "lora"):
+        return True
+    seeds = cell.method == "grasprune" and cell.seed > 0
+    return cell.steps == STEPS_100K and (cell.method == "sensitivity" or cell.sparsity == 0.35 or seeds)
 
 
 def _main_rows(model: str) -> list[Cell]:
     methods = ("deterministic", "sensitivity", "flap", "wanda-sp", "hard-concrete", "grasprune")
-    return [Cell(model, m, s) for s, m in product((0.2, 0.5), methods)]
+    return _both_ways([Cell(model, m, s) for s, m in product((0.2, 0.5), methods)])
 
 
 def _mixture(model: str) -> list[Cell]:
@@ -147,7 +184,7 @@ def _mixture(model: str) -> list[Cell]:
     cells = [Cell(model, m, s) for s, m in product(shares, ("deterministic", "sensitivity", *OF_EXPERTS))]
     cells += [Cell(model, "deterministic", s, variant=v) for v, s in product(("per-layer", "per-expert"), shares)]
     cells += [Cell(model, "deterministic", 0.4, variant=v) for v in ("uniform", "padded")]
-    return cells + [Cell(model, m, 0.4) for m in ("magnitude", "wanda-sp", "grasprune")]
+    return _both_ways(cells + [Cell(model, m, 0.4) for m in ("magnitude", "wanda-sp", "grasprune")])
 
 
 def _curve(method: str, sparsity: float) -> bool:

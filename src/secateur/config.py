@@ -15,7 +15,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from secateur.files import InputError, write_text
 from secateur.guard import read_guards
 from secateur.policy import policy_of
-from secateur.recipes import EQUAL_WIDTHS, ONE_SHOT, WHOLE_EXPERTS, Method, Recipe, recipe_of
+from secateur.recipes import EQUAL_WIDTHS, ONE_SHOT, WHOLE_EXPERTS, Method, Recipe, recipe_of, remeasured_at
 from secateur.selection import AttentionUnit, Depth, Kind, check_selection, kept_words
 from secateur.untrusted import read_yaml
 from secateur.wanted import what_is_asked
@@ -127,6 +127,9 @@ class Config:
     """Temperature τ of the distillation term (default: the recipe's)."""
     binarise: bool = True
     """Press undecided gates to a side: the term λ₃ of the deterministic method, which the others do not have."""
+    remeasure: bool = True
+    """Measure sensitivity anew where more than a fifth of the units' parameters goes: once at a fifth, and at each
+    further tenth. What they are worth alone says less and less of it. Costs less than measuring it first."""
     per: Scope | None = None
     """One budget over the whole model, one for each kind of unit (of `--sparsity` only), or equal widths in all layers
     (`layer`), and in all experts of a layer, too (`expert`, and `layer` with `--budget`). Default: `expert` when the
@@ -273,6 +276,9 @@ class Config:
             raise InputError(f"--refit-tokens must be at least one sequence of {self.seq_len}, not {self.refit_tokens}")
         if self.measure_every < 0:
             raise InputError(f"--measure-every must be at least 0, not {self.measure_every}")
+        if not (self.remeasure or self.measures_sensitivity):
+            of = "--recipe paper" if self.recipe == "paper" else f"--method {self.method}"
+            raise InputError(f"{of} measures no sensitivity, so --no-remeasure has nothing to leave out")
         self._check_learns_nothing()
 
     def _check_learns_nothing(self) -> None:
@@ -322,6 +328,11 @@ class Config:
         return micro
 
     @property
+    def measures_sensitivity(self) -> bool:
+        """Whether gates start from a sensitivity, or units are scored by it."""
+        return self.recipe != "paper" and (self.method not in ONE_SHOT or self.method == "sensitivity")
+
+    @property
     def scored_rows(self) -> int:
         """Calibration sequences on which units are scored or their sensitivity is measured; needs resolved settings."""
         assert self.learning is not None
@@ -329,9 +340,18 @@ class Config:
             return 0 if self.method == "magnitude" else self.steps * self.batch_size
         return self.learning.sensitivity_batches * self.batch_size
 
+    @property
+    def remeasured_rows(self) -> int:
+        """Those on which sensitivity is measured again, where a sparsity says how often; needs resolved settings."""
+        recipe = self.learning
+        assert recipe is not None
+        if self.sparsity is None or not self.measures_sensitivity:
+            return 0
+        return len(remeasured_at(self.sparsity)) * recipe.remeasured_batches * self.batch_size
+
     def resolved(self) -> "Config":
         """The same settings with every default filled in, the recipe included."""
-        recipe = self.learning or recipe_of(self.method, self.recipe, max(1, self.steps), self.binarise)
+        recipe = self.learning or recipe_of(self.method, self.recipe, max(1, self.steps), self.binarise, self.remeasure)
         recipe = replace(
             recipe,
             lr=recipe.lr if self.lr is None else self.lr,
@@ -348,7 +368,7 @@ class Config:
         return replace(self, per=self.per or per, learning=recipe)
 
 
-LEARNING_FIELDS = ("method", "recipe", "steps", "lr", "kd_weight", "kd_temperature", "binarise")
+LEARNING_FIELDS = ("method", "recipe", "steps", "lr", "kd_weight", "kd_temperature", "binarise", "remeasure")
 """Settings that the recipe follows from: changing one of them over a config file resolves the recipe anew."""
 
 

@@ -222,7 +222,8 @@ class Estimate:
 
         found = []
         if c.scored_rows:
-            found.append(passes("sensitivity" if self.learns else "scores", texts * c.scored_rows, c.seq_len, 2))
+            rows = texts * c.scored_rows + c.remeasured_rows
+            found.append(passes("sensitivity" if self.learns else "scores", rows, c.seq_len, 2))
         if self.learns:
             found.append(passes("learning", texts * c.steps * c.batch_size, c.seq_len, 3))
         if c.recover:

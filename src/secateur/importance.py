@@ -21,12 +21,13 @@ import torch
 from transformers import PreTrainedModel
 
 from secateur.attach import writer
-from secateur.budget import Budget
+from secateur.budget import Budget, largest_that_fits
 from secateur.files import InputError
 from secateur.importance_experts import EXPERT_SCORES, column_norms, read, watching_experts
 from secateur.objective import distillation_loss
 from secateur.recipes import Recipe
-from secateur.sensitivity import balanced, gate_sensitivity, weighted
+from secateur.remeasure import OnMeasured, remeasured, weighed
+from secateur.sensitivity import gate_sensitivity
 from secateur.units import Group, Slice
 from secateur.vocabulary import Vocabulary
 
@@ -201,12 +202,22 @@ def _taylor(
 
 
 def sensitivity(
-    model: PreTrainedModel, groups: Groups, ids_NT: torch.Tensor, limits: Budget, on_row: OnRow, *, recipe: Recipe
+    model: PreTrainedModel,
+    groups: Groups,
+    ids_NT: torch.Tensor,
+    limits: Budget,
+    on_row: OnRow,
+    *,
+    recipe: Recipe,
+    on_measured: OnMeasured = lambda _rows, _of: None,
 ) -> Scores:
     """What the default recipe starts from, without the learning: Fisher information of the gates, heads counted more,
-    channels evened out between layers (`sensitivity.py`), on as many rows as the recipe measures."""
-    sensitivity_N = weighted(gate_sensitivity(model, groups, ids_NT, on_row), groups, recipe.attention_weight)
-    return Scores(limits.per_cost(balanced(sensitivity_N, groups, recipe.layer_balance)))
+    channels evened out between layers (`sensitivity.py`), on as many rows as the recipe measures; measured anew where
+    more than a fifth goes (`remeasure.py`), of which `on_measured` hears."""
+    sensitivity_N = gate_sensitivity(model, groups, ids_NT, on_row)
+    largest = partial(largest_that_fits, limits=limits)
+    growth_N = remeasured(model, groups, ids_NT, sensitivity_N, limits, recipe, largest, on_measured)
+    return Scores(limits.per_cost(weighed(sensitivity_N, groups, recipe)[1] * growth_N))
 
 
 def of_experts(

@@ -31,7 +31,8 @@ from secateur.passes import Passes, recomputing
 from secateur.ranks import ALONE, Ranks
 from secateur.recipes import Recipe
 from secateur.relaxation import RELAXATIONS
-from secateur.sensitivity import balanced, gate_sensitivity, weighted
+from secateur.remeasure import OnMeasured, remeasured, weighed
+from secateur.sensitivity import gate_sensitivity
 from secateur.teacher import Exactness, TeacherCache
 from secateur.units import Group
 
@@ -115,7 +116,7 @@ def learn(
     measure_every: int = 0,
     checkpoints: Checkpoints | None = None,
     on_step: Callable[[Step], None] = lambda _: None,
-    on_measured: Callable[[int], None] = lambda _: None,
+    on_measured: OnMeasured = lambda _rows, _of: None,
     teacher: PreTrainedModel | None = None,
     gradient_checkpointing: bool = False,
     guarded: Mapping[Guard, Blocks] | None = None,
@@ -128,7 +129,7 @@ def learn(
 
     calibration_NT: token ids, steps × batch_size rows, used in their order. held_out_NT: rows of other documents.
     With `checkpoints`, states are saved there, also when interrupted; a run that finds one goes on from it to
-    bit-identical gates. `on_measured` hears of the rows that sensitivity is measured on. `method` is
+    bit-identical gates. `on_measured` hears of the rows that sensitivity has been measured on, of how many. `method` is
     one of RELAXATIONS; `measure_every` k records the held-out loss every k steps and changes nothing else. `teacher` is
     the model itself without gates unless another one is given. `gradient_checkpointing` computes each layer once more
     in the backward pass instead of keeping what it computed: less memory, the same gates. `guarded`: the texts whose
@@ -171,15 +172,25 @@ def learn(
             fixing = TypeAdapter(Fixing | None).validate_python(earlier.about["fixing"])
     elif recipe.sensitivity_batches:
         sensitivity_N = None if start is None else start.sensitivity_N
+        growth_N = torch.ones_like(optimiser.z_N)
         if sensitivity_N is None:
             rows = recipe.sensitivity_batches * batch_size
-            measure = partial(gate_sensitivity, model, groups, on_row=on_measured, rows=micro_batch_size, ranks=ranks)
+            ids_NT = calibration_NT[:rows].to(device)
+
+            def on_row(done: int) -> None:
+                on_measured(done, rows)
+
+            measure = partial(gate_sensitivity, model, groups, on_row=on_row, rows=micro_batch_size, ranks=ranks)
             with recomputing(model, gradient_checkpointing):
-                sensitivity_N = measure(calibration_NT[:rows].to(device))
+                sensitivity_N = measure(ids_NT)
+                if start is None:
+                    within = optimiser.limits, recipe, optimiser.largest
+                    growth_N = remeasured(model, groups, ids_NT, sensitivity_N, *within, on_measured, ranks)
                 for weight, text in zip(multipliers.weights, guarded.values(), strict=True):
                     sensitivity_N += weight * measure(text.calibration_NT[:rows].to(device))
         optimiser.sensitivity_N = sensitivity_N.to(device)
-        optimiser.start_from(*_weighed(optimiser.sensitivity_N, groups, recipe))
+        step_N, worth_N = weighed(optimiser.sensitivity_N, groups, recipe)
+        optimiser.start_from(step_N * growth_N, worth_N * growth_N)
     batches = calibration_NT.split(batch_size)[:steps]
     guard_batches = [text.calibration_NT.split(batch_size) for text in guarded.values()]
     assert len(batches) == steps, f"{steps} steps need {steps} batches, got {len(batches)}"
@@ -243,14 +254,6 @@ def learn(
     return Learned(z_N, value_N, fixing, kept_N, order_N, sensitivity_N, stopped, exactness)
 
 
-def _weighed(
-    sensitivity_N: torch.Tensor, groups: tuple[Group, ...], recipe: Recipe
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sensitivities by which gates step, and those by which they are worth keeping."""
-    sensitivity_N = weighted(sensitivity_N, groups, recipe.attention_weight)
-    return sensitivity_N, balanced(sensitivity_N, groups, recipe.layer_balance)
-
-
 def _order(optimiser: Optimiser, kept_N: torch.Tensor, groups: tuple[Group, ...]) -> torch.Tensor | None:
     """What the units rank by for other sizes, above 1 where kept; None where z says it (Relaxation.score)."""
     if optimiser.relaxation.score is None:
@@ -260,7 +263,7 @@ def _order(optimiser: Optimiser, kept_N: torch.Tensor, groups: tuple[Group, ...]
     if optimiser.sensitivity_N is None:
         order_N = positions(optimiser.last_open_N, optimiser.z_N) + kept
     else:
-        _, cost_N = _weighed(optimiser.sensitivity_N, groups, optimiser.recipe)
+        _, cost_N = weighed(optimiser.sensitivity_N, groups, optimiser.recipe)
         now_N = cost_N * torch.where(kept_N, limits.times(optimiser.values()), 1.0)  # closed: would open whole
         if sublayers is not None:
             now_N = sublayers.rescaled(cost_N, now_N)

@@ -22,8 +22,8 @@ class Progress:
     def size(self, name: str) -> None:
         """Another size of a sweep begins."""
 
-    def measured(self, rows: int) -> None:
-        """The sensitivity of the gates has been measured on so many rows."""
+    def measured(self, rows: int, of: int) -> None:
+        """The units have been scored on so many rows of text, or the sensitivity of their gates measured."""
 
     def written(self, tokens: int) -> None:
         """The model wrote so many more tokens of text for itself."""

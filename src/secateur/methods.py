@@ -120,11 +120,15 @@ def _score(session: Session, limits: Budget, about: dict[str, Any]) -> Gates:
     assert c.learning is not None
     score_units = ONE_SHOT[c.method]
     if c.method == "sensitivity":
-        score_units = partial(score_units, recipe=c.learning)
+        score_units = partial(score_units, recipe=c.learning, on_measured=session.progress.measured)
     ids_NT = session.blocks.calibration_NT[: c.scored_rows].to(device)
     session.run.metrics.unlink(missing_ok=True)  # of gates learned in this folder before
     loaded.model.eval().requires_grad_(False)
-    scores = score_units(loaded.model, groups, ids_NT, limits.to(device), session.progress.measured)
+
+    def on_row(row: int) -> None:
+        session.progress.measured(row, len(ids_NT))
+
+    scores = score_units(loaded.model, groups, ids_NT, limits.to(device), on_row)
     score_N = scores.score_N.cpu()
     if not torch.isfinite(score_N).all():
         raise InputError(f"scores of --method {c.method} are NaN or infinite; score in --dtype float32")

@@ -87,14 +87,14 @@ class Screen(Listener):
         if not self.console.is_terminal and (step.step % 10 == 0 or step.step == steps):
             self.console.print(f"  step {step.step}/{steps}  {figures}")
 
-    def measured(self, rows: int) -> None:
+    def measured(self, rows: int, of: int) -> None:
         """The units have been scored on so many rows, or the sensitivity of their gates has been measured."""
         check()
         if self.task is None:
             what = f"rows, {self.config.method if self.config.method in ONE_SHOT else 'sensitivity'} of each unit"
-            self.task = self.bars.add_task("measure", total=self.config.scored_rows, figures=what)
+            self.task = self.bars.add_task("measure", total=of, figures=what)
         self.bars.update(self.task, completed=rows)
-        if rows == self.bars.tasks[-1].total:
+        if rows == of:
             self._end()
 
     def written(self, tokens: int) -> None:

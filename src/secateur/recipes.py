@@ -5,6 +5,7 @@ version changes the defaults.
 """
 
 from dataclasses import dataclass, replace
+from math import floor
 from typing import ClassVar, Literal
 
 from pydantic import ConfigDict
@@ -55,6 +56,9 @@ class Recipe:
     """z at the start of units that do not fit the budget by sensitivity."""
     settle: float
     """Share of the steps, at the end, in which the kept set is fixed and only gate values are learned."""
+    remeasured_batches: int = 0
+    """Batches on which sensitivity is measured again, each time, where the budget takes more than a fifth away
+    (remeasure.py). 0: never."""
 
 
 def paper_recipe(steps: int) -> Recipe:
@@ -75,7 +79,19 @@ def auto_recipe(steps: int) -> Recipe:
         kd_temperature=1.0, init_noise=0.0, mu_start=0.15, mu_end=0.05, mu_power=1.0,
         dual_lr=(50.0 / steps, 50.0 / steps, 5.0 / steps), dual_start=(0.0, 5.0, 0.0), adam_duals=False,
         sensitivity_batches=min(120, steps), attention_weight=1.5, layer_balance=0.3, start_outside=0.1, settle=0.5,
+        remeasured_batches=min(24, steps),
     )  # fmt: skip
+
+
+MEASURED_ONCE, MEASURED_AGAIN = 0.2, 0.1
+"""Shares of the units' parameters that go by one measurement: by the dense model's, and by each one after."""
+
+
+def remeasured_at(removed: float) -> list[float]:
+    """The shares at which sensitivity is measured again where `removed` is to go: 0.2, 0.3 and 0.4 of 0.5. Tenths are
+    rounded: a budget is hardly met to the last unit."""
+    times = floor((removed - MEASURED_ONCE) / MEASURED_AGAIN + 0.5 + 1e-6)
+    return [MEASURED_ONCE + MEASURED_AGAIN * n for n in range(times)]
 
 
 RECIPES = {"auto": auto_recipe, "paper": paper_recipe}
@@ -109,9 +125,11 @@ def tie_of(method: str, shape: str) -> Tie | None:
     return None if policy_of(shape).form == "padded" else "rows"
 
 
-def recipe_of(method: str, name: str, steps: int, binarise: bool) -> Recipe:
+def recipe_of(method: str, name: str, steps: int, binarise: bool, remeasure: bool = True) -> Recipe:
     """The recipe called `name`, with what a method's own paper changes in it (relaxation.py says why)."""
     recipe = RECIPES[name](steps)
+    if not remeasure:
+        recipe = replace(recipe, remeasured_batches=0)
     if method.startswith("hard-concrete"):
         recipe = replace(recipe, mu_start=0.5, mu_end=0.5)
     elif method == "grasprune":

@@ -17,7 +17,7 @@ from contextlib import ExitStack
 import torch
 from transformers import PreTrainedModel
 
-from secateur.attach import writer
+from secateur.attach import attached, writer
 from secateur.evaluate import mean_loss
 from secateur.experts import Inside, inside_experts
 from secateur.gates import by_group
@@ -106,18 +106,9 @@ def gate_sensitivity(
         stack.enter_context(inside_experts(model, experts))
 
         def of_part(number: int) -> torch.Tensor:
-            luck_R1, hidden_RD = luck[number], vocabulary.hidden(parts[number])[:, :-1].flatten(0, 1)
-
-            def surprise(logits_RV, part):  # type: ignore[no-untyped-def]
-                p_RV = logits_RV.float().softmax(dim=-1)
-                labels_R1 = drawn(p_RV, luck_R1[part])
-                p_R1 = p_RV.gather(1, labels_R1)
-                p_RV.scatter_add_(1, labels_R1, torch.full_like(p_R1, -1.0))
-                return -p_R1.log().sum(0), p_RV.to(logits_RV.dtype)
-
             for total in totals:
                 total.zero_()
-            (in_chunks(hidden_RD, vocabulary.head, surprise)[0] / tokens).backward()
+            (surprise(vocabulary, parts[number], luck[number]) / tokens).backward()
             return torch.cat(totals)
 
         sum_N, done = torch.zeros_like(torch.cat(totals)), 0
@@ -126,6 +117,52 @@ def gate_sensitivity(
             done += len(part_BT)
             on_row(done)
     return _with_removals(sum_N * (tokens / len(ids_NT)), model, groups, ids_NT[:REMOVED_ON], ranks)
+
+
+def surprise(vocabulary: Vocabulary, ids_BT: torch.Tensor, luck_R1: torch.Tensor) -> torch.Tensor:
+    """−log likelihood of a label that the model draws at each position, summed over all of them."""
+    hidden_RD = vocabulary.hidden(ids_BT)[:, :-1].flatten(0, 1)
+
+    def of_chunk(logits_RV, part):  # type: ignore[no-untyped-def]
+        p_RV = logits_RV.float().softmax(dim=-1)
+        labels_R1 = drawn(p_RV, luck_R1[part])
+        p_R1 = p_RV.gather(1, labels_R1)
+        p_RV.scatter_add_(1, labels_R1, torch.full_like(p_R1, -1.0))
+        return -p_R1.log().sum(0), p_RV.to(logits_RV.dtype)
+
+    return in_chunks(hidden_RD, vocabulary.head, of_chunk)[0]
+
+
+def sensitivity_at(
+    model: PreTrainedModel,
+    groups: tuple[Group, ...],
+    ids_NT: torch.Tensor,
+    gate_N: torch.Tensor,
+    on_row: Callable[[int], None] = lambda _: None,
+    seed: int = 0,
+    ranks: Ranks = ALONE,
+) -> torch.Tensor:
+    """The same at other gates, shape (units of the model,): the diagonal Fisher information of the model that they make
+    of it, which draws the labels.
+
+    By the gradients of the gates themselves, a row at a time.
+    """
+    generator = torch.Generator(ids_NT.device).manual_seed(seed)
+    vocabulary, tokens = Vocabulary(model), ids_NT.shape[1] - 1
+    luck = [torch.rand((tokens, 1), device=ids_NT.device, generator=generator) for _ in ids_NT]
+
+    def of_row(row: int) -> torch.Tensor:
+        at_N = gate_N.clone().requires_grad_()
+        with attached(model, groups, by_group(at_N, groups)):  # to the end, where layers may be computed once more
+            loss = surprise(vocabulary, ids_NT[row : row + 1], luck[row])
+            (grad_N,) = torch.autograd.grad(loss, at_N)
+        return grad_N.square() / tokens
+
+    sum_N = torch.zeros_like(gate_N)
+    for done, found_N in enumerate(ranks.in_turn(range(len(ids_NT)), of_row), start=1):
+        sum_N += found_N
+        on_row(done)
+    return sum_N / len(ids_NT)
 
 
 @torch.no_grad()
