@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from secateur.config import Config, save_config
+from secateur.config import Config
+from secateur.config_file import save_config
 
 STEPS = 60
 

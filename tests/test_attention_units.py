@@ -12,7 +12,8 @@ from safetensors import safe_open
 from runs import complaint, prune_arguments, secateur, write_checkpoint, write_texts
 from secateur.attach import attached
 from secateur.budget import figures, largest_that_fits, make_budget
-from secateur.config import Config, load_config
+from secateur.config import Config
+from secateur.config_file import load_config
 from secateur.describe import describe
 from secateur.export import export
 from secateur.files import InputError

@@ -10,7 +10,8 @@ from runs import complaint, prune_arguments, random_tokens, same_gates, secateur
 from secateur.api import open_session
 from secateur.budget import make_budget
 from secateur.checkpoints import Checkpoints
-from secateur.config import Config, load_config, save_config
+from secateur.config import Config
+from secateur.config_file import load_config, save_config
 from secateur.costs import bounds_of
 from secateur.describe import describe
 from secateur.files import InputError

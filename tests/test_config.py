@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from secateur.config import Config, load_config, save_config
+from secateur.config import Config
+from secateur.config_file import load_config, save_config
 from secateur.files import InputError
 from secateur.options import Prune, parse
 

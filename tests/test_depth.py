@@ -23,7 +23,8 @@ from runs import (
 )
 from secateur.attach import attached
 from secateur.budget import largest_that_fits, make_budget
-from secateur.config import Config, load_config
+from secateur.config import Config
+from secateur.config_file import load_config
 from secateur.costs import bounds_of
 from secateur.depth import with_depth
 from secateur.describe import describe

@@ -23,7 +23,8 @@ from safetensors.torch import save_file
 from made_runs import make_run
 from runs import small_llama, write_checkpoint
 from secateur.checkpoints import Checkpoints, State
-from secateur.config import Config, load_config, save_config
+from secateur.config import Config
+from secateur.config_file import load_config, save_config
 from secateur.data import load_stored, store
 from secateur.describe import describe
 from secateur.files import InputError

@@ -13,7 +13,7 @@ from runs import complaint, described, gates_of, prune_arguments, secateur, smal
 from secateur.api import open_session
 from secateur.budget import largest_that_fits, make_budget
 from secateur.checkpoints import Checkpoints
-from secateur.config import load_config
+from secateur.config_file import load_config
 from secateur.costs import bounds_of
 from secateur.describe import describe
 from secateur.files import InputError

@@ -12,7 +12,8 @@ from made_runs import made_bench
 from runs import complaint, gates_of, prune_arguments, same_gates, secateur
 from secateur import pareto
 from secateur.api import open_session, prune
-from secateur.config import Config, load_config
+from secateur.config import Config
+from secateur.config_file import load_config
 from secateur.files import InputError
 from secateur.optimise import Optimiser
 from secateur.pareto import picked

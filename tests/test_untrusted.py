@@ -79,7 +79,7 @@ def test_yaml_is_refused_that_is_deep_makes_objects_or_multiplies(tmp_path, text
 
 
 def complaint_of_config(path: Path) -> str:
-    from secateur.config import load_config
+    from secateur.config_file import load_config
 
     with pytest.raises(InputError) as found:
         load_config(path)

@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 import tyro
 
-from secateur.config import LEARNING_FIELDS, AnyShape, Config, Words, load_config, trusted
+from secateur.config import LEARNING_FIELDS, AnyShape, Config, Words
+from secateur.config_file import load_config, trusted
 
 
 @dataclass

@@ -46,7 +46,8 @@ def remeasured(
 
     `sensitivity_N` was measured on `ids_NT`, whose rows are gone through once more. `largest` makes the kept set of the
     budget from what units are worth for what they cost. What was said last counts as much as what was said first, by
-    their geometric mean; units of which nothing was heard change as the others do.
+    their geometric mean. Units of which nothing was heard change as the median of all does, gates of whole sublayers,
+    whose removal was measured, as that of their units.
     """
     _, worth_N = weighed(sensitivity_N, groups, recipe)
     growth_N = torch.ones_like(sensitivity_N)
@@ -59,12 +60,22 @@ def remeasured(
         now_N = sensitivity_at(
             model, groups, ids_NT[taken_N], gate_N, lambda done: on_measured(done, rows), number, ranks
         )
-        heard_N = (now_N > 0) & (sensitivity_N > 0)
-        if not heard_N.any():
-            break
-        ratio_N = now_N / sensitivity_N
-        growth_N = torch.where(heard_N, ratio_N, ratio_N[heard_N].median()).sqrt()
+        growth_N = _ratio(now_N, sensitivity_N, groups).sqrt()
     return growth_N
+
+
+def _ratio(now_N: torch.Tensor, first_N: torch.Tensor, groups: tuple[Group, ...]) -> torch.Tensor:
+    ratio_N, heard_N = now_N / first_N, (now_N > 0) & (first_N > 0)
+    parts, heard = (dict(zip([g.name for g in groups], x_N.split([g.units for g in groups]), strict=True))
+                    for x_N in (ratio_N, heard_N))  # fmt: skip
+    units = torch.cat([parts[g.name][heard[g.name]] for g in groups if not g.is_sublayer] or [ratio_N[:0]])
+    if not len(units):
+        return torch.ones_like(now_N)
+    found = {name: torch.where(heard[name], ratio, units.median()) for name, ratio in parts.items()}
+    for g in groups:
+        if g.depth:
+            found[g.depth] = found[g.name].median().expand(1)
+    return torch.cat([found[g.name] for g in groups])
 
 
 def _without_the_least(

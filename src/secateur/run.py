@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from secateur import __version__
-from secateur.config import Config, load_config, name_in_memory, save_config, trusted
+from secateur.config import Config, name_in_memory
+from secateur.config_file import load_config, save_config, trusted
 from secateur.files import InputError, cannot_write, meant, sweep
 from secateur.latency import read_table, write_table
 from secateur.untrusted import check_links
@@ -159,7 +160,7 @@ def new_run(config: Config) -> Run:
 def open_run(folder: Path, trust_remote_code: bool | None = False) -> Run:
     """An existing run, without what was half-written when it was killed. Raises InputError if the folder is none, has
     links that lead out of it (a command would write there), or asks for code of the model that is not trusted here
-    (config.trusted)."""
+    (config_file.trusted)."""
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; give the --out folder of `secateur prune`")
     try:

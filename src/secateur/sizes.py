@@ -13,7 +13,8 @@ from dataclasses import replace
 
 import torch
 
-from secateur.config import Config, save_config
+from secateur.config import Config
+from secateur.config_file import save_config
 from secateur.files import InputError, replacing
 from secateur.gates import Gates, load_gates, save_gates
 from secateur.methods import budget_of

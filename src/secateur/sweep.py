@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from secateur.budget import Budget
-from secateur.config import Config, save_config
+from secateur.config import Config
+from secateur.config_file import save_config
 from secateur.files import write_json
 from secateur.gates import Gates, load_gates
 from secateur.learn import Start
