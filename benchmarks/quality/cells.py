@@ -81,6 +81,11 @@ class Cell:
         return self.tokens if "recover" in self.changes else 0
 
     @property
+    def measured_once(self) -> bool:
+        """Whether the default would have measured sensitivity again, and this does not."""
+        return "once" in self.variant.split("+")
+
+    @property
     def changes(self) -> dict[str, Any]:
         """Settings in which the cell's variant differs from the defaults."""
         changes: dict[str, Any] = {}

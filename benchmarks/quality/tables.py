@@ -13,6 +13,8 @@ from results import Entry, Margin, Read, Result, Results, accuracy, held_out_ris
 
 NONE = "–"
 DEFAULT = "deterministic"
+ONCE = f"{DEFAULT}+once"
+"""The default with sensitivity measured once, from which all other such rows differ in one thing."""
 TEXT_TITLES = {"wikitext2-test": "WikiText-2", "c4": "C4"}
 CONFINED, FREE = "hard-concrete-deterministic", "hard-concrete-expanded"
 
@@ -83,23 +85,25 @@ def _task(result: Result, task: str) -> str:
 # --- margins against noise -------------------------------------------------------------------------------------------
 
 
-def margins_table(results: Results, sparsity: float, steps: int = STEPS_25K) -> str:
-    """How much higher or lower each method's perplexity is than the default's, at equal tokens and seeds.
+def margins_table(results: Results, sparsity: float, reference: str = DEFAULT, steps: int = STEPS_25K) -> str:
+    """How much higher or lower each method's perplexity is than the default's, at equal tokens and seeds. Rows
+    whose sensitivity was measured once are held against `ONCE`.
 
     Bold where the margin exceeds the noise: for rows of one seed that of the default, which the first row states; for
     rows of three seeds that of their pairs, whose standard deviation follows the mean.
     """
     tokens = Cell("", DEFAULT, sparsity, steps).tokens
     reads = [times_dense(text) for text in TEXTS]
-    default = results.entry(DEFAULT, sparsity, tokens)
+    default = results.entry(reference, sparsity, tokens)
     assert default is not None
     noises = [default.noise(read) for read in reads]
     rows = [["noise of one seed", *(NONE if noise is None else _percent(noise) for noise in noises)]]
     for entry in results.entries:
-        if (entry.cell.sparsity, entry.cell.tokens) == (sparsity, tokens) and entry is not default:
+        alike = entry.cell.label == ONCE or entry.cell.measured_once == default.cell.measured_once
+        if (entry.cell.sparsity, entry.cell.tokens) == (sparsity, tokens) and entry is not default and alike:
             margins = (entry.margin(default, read) for read in reads)
             rows.append([entry.cell.label, *map(_margin, margins, noises)])
-    return table([f"against {DEFAULT}", *(TEXT_TITLES[text] for text in TEXTS)], rows)
+    return table([f"against {reference}", *(TEXT_TITLES[text] for text in TEXTS)], rows)
 
 
 def _margin(margin: Margin | None, noise: float | None) -> str:

@@ -126,8 +126,9 @@ class Config:
     binarise: bool = True
     """Press undecided gates to a side: the term λ₃ of the deterministic method, which the others do not have."""
     remeasure: bool = True
-    """Measure sensitivity anew where more than a fifth of the units' parameters goes: once at a fifth, and at each
-    further tenth. What they are worth alone says less and less of it. Costs less than measuring it first."""
+    """Measure sensitivity again where more than a fifth of the units' parameters goes: at a fifth, and at each further
+    tenth, on the model that is left. Each time takes a fifth of the rows of the first one, from 120 steps on. Further
+    sizes of a sweep and `--gates` do without."""
     per: Scope | None = None
     """One budget over the whole model, one for each kind of unit (of `--sparsity` only), or equal widths in all layers
     (`layer`), and in all experts of a layer, too (`expert`, and `layer` with `--budget`). Default: `expert` when the
