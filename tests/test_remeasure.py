@@ -75,7 +75,7 @@ def test_at_gates_of_one_it_is_the_dense_models():
 
 
 @pytest.mark.parametrize(
-    ("removed", "times"), [(0.0, 0), (0.1, 0), (0.2, 0), (0.2004, 0), (0.25, 1), (0.35, 2), (0.5, 3), (0.6, 4)]
+    ("removed", "times"), [(0.0, 0), (0.1, 0), (0.2, 0), (0.24, 0), (0.25, 1), (0.34, 1), (0.35, 2), (0.5, 3), (0.6, 4)]
 )
 def test_the_first_fifth_and_each_further_tenth_is_measured(removed, times):
     assert remeasured_at(removed) == pytest.approx([0.2, 0.3, 0.4, 0.5][:times])
