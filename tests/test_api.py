@@ -281,7 +281,7 @@ def test_the_gates_after_stopping_are_those_of_that_step():
 
     stopped = learned(hear)
     assert stopped.stopped == 3 == len(seen) and learned(lambda _: None).stopped is None
-    assert limits.share_of(stopped.z_N > 0) == pytest.approx(seen[-1].kept, abs=0.01)  # which is before the step
+    assert limits.share_of(stopped.z_N > 0) == pytest.approx(seen[-1].kept, abs=0.02)  # which is before the step
     assert stopped.fixing is None and not torch.equal(stopped.z_N, learned(lambda _: None).z_N)
 
 
@@ -365,7 +365,7 @@ def test_stages_are_verbs_of_their_own(model, tokenizer, text, tmp_path, finishe
     library.export_stage(session)
     assert all(c.passed for c in library.verify_stage(session))
     assert library.eval_stage(session)["pruned"]["parameters"] > 0
-    assert gates.z_N.numel() > sum(map(len, plan.kept.values())) and 0 < rounding.kept <= 0.7
+    assert gates.z_N.numel() > sum(map(len, plan.kept.values())) and 0 < rounding.kept <= 0.7 + 1e-6
     assert gates_of(tmp_path / "run").keys() == gates_of(finished).keys()
 
 

@@ -127,7 +127,7 @@ def test_gates_of_any_method_can_be_planned_for_equal_widths(runs, method, tmp_p
 
 @pytest.mark.parametrize("method", ["taylor-vector", "flap"])
 def test_interrupted_scoring_starts_over_and_ends_the_same(runs, grouped, method, tmp_path, monkeypatch, capsys):
-    def stop(_screen, rows):
+    def stop(_screen, rows, _of):
         if rows == 5:
             raise KeyboardInterrupt
 
