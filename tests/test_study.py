@@ -163,6 +163,18 @@ def test_weights_are_changed_after_gates_that_are_learned_once(done, tmp_path):
     assert run.gates.read_bytes() == (done.work / LEARNED.id / "gates.safetensors").read_bytes()
 
 
+def test_cells_that_measure_once_are_those_that_would_measure_again():
+    planned = cells_of("smollm2")
+    once = [cell for cell in planned if cell.measured_once]
+    assert {cell.sparsity for cell in once} == {0.35, 0.5}
+    for cell in once:
+        assert Config("m", **cell.settings).resolved().remeasured_rows == 0
+        plain = "+".join(name for name in cell.variant.split("+") if name != "once")
+        assert Config("m", **replace(cell, variant=plain).settings).resolved().remeasured_rows > 0
+    lora = next(cell for cell in once if cell.variant == "once+lora")
+    assert lora.learns_as == replace(lora, variant="once") and lora.recovery_tokens == lora.tokens
+
+
 @pytest.mark.parametrize("model", ["smollm2", "smollm2-moe", "another"])
 def test_cells_are_valid_settings_under_names_of_their_own(model):
     planned = cells_of(model)
@@ -226,6 +238,20 @@ def test_a_margin_counts_only_beyond_the_spread_over_seeds(studied, tmp_path):
     assert "| sensitivity | +2.0 % | +2.0 % |" in rows
     assert "| grasprune | **+3.3 ± 0.0 %** | **+3.3 ± 0.0 %** |" in rows, "every seed says the same"
     assert "| hard-concrete | −4.8 ± 8.2 % | −4.8 ± 8.2 % |" in rows, "seeds do not agree"
+
+
+def test_rows_measured_once_are_held_against_the_default_measured_once(studied, tmp_path):
+    for method, variant, times in (
+        ("deterministic", "", 4.0), ("grasprune", "", 4.4), ("deterministic", "once", 5.0), ("grasprune", "once", 6.0)
+    ):  # fmt: skip
+        cell = Cell("smollm2", method, 0.5, variant=variant)
+        values = read_json(studied / f"{Cell('smollm2', 'magnitude', 0.2).id}.json", "")
+        for text_name in judge.TEXTS:
+            values["perplexity"][text_name]["times_dense"] = times
+        write_json(studied / f"{cell.id}.json", values)
+    rows = written_report(studied, tmp_path, with_plots=False).splitlines()
+    assert "| deterministic+once | +25.0 % | +25.0 % |" in rows and "| grasprune | +10.0 % | +10.0 % |" in rows
+    assert [row for row in rows if row.startswith("| grasprune+once | +")] == ["| grasprune+once | +20.0 % | +20.0 % |"]
 
 
 def test_plots_are_drawn_of_what_there_is(studied, tmp_path):

@@ -145,7 +145,7 @@ def _study(model: str) -> list[Cell]:
     cells += [Cell(model, "sensitivity", s, variant=v) for v, s in product(("refit", "lora"), low_high)]
     cells += [Cell(model, "deterministic", 0.35), Cell(model, "sensitivity", 0.35)]
     cells += [Cell(model, "deterministic", 0.35, STEPS_100K)]
-    cells += [Cell(model, "deterministic", 0.5, STEPS_100K, seed=seed) for seed in (1, 2)]
+    cells += [Cell(model, m, 0.5, STEPS_100K, seed=seed) for m, seed in product(("deterministic", "grasprune"), (1, 2))]
     cells += [Cell(model, "deterministic", s, STEPS_400K) for s in low_high]
     return _both_ways(cells)
 
