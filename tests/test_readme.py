@@ -18,7 +18,9 @@ COMMAND_LINES = sorted(set(re.findall(rf"secateur (?:{'|'.join(COMMANDS)})\b[^\n
 @pytest.mark.parametrize("line", COMMAND_LINES)
 def test_every_command_in_the_readme_exists_with_its_options(line: str) -> None:
     name, *arguments = shlex.split(line)[1:]
-    known = {f"--{field.name.replace('_', '-')}" for field in fields(COMMANDS[name][0])}
+    settings = fields(COMMANDS[name][0])
+    known = {f"--{field.name.replace('_', '-')}" for field in settings}
+    known |= {f"--no-{field.name.replace('_', '-')}" for field in settings if field.default is True}
     assert {a for a in arguments if a.startswith("--")} <= known | {"--help"}
 
 
