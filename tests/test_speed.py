@@ -68,18 +68,21 @@ import resource, torch
 from secateur.speed import memory_kept
 
 def faults():
-    for _ in range(2):
+    found = []
+    for _ in range(6):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         block = torch.ones(2**24)
         del block
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        found.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    return min(found[1:])
 
 outside = faults()
 with memory_kept():
     within = faults()
 print(outside, within, faults())
 """
-"""Page faults of a process while it takes 64 MB, having freed as much just before."""
+"""Page faults of a process while it takes 64 MB, having freed as much just before: the fewest of several times, as a
+virtual machine's host may take idle pages away."""
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of glibc")
