@@ -16,8 +16,8 @@ from secateur.describe import describe
 from secateur.gates import by_group
 from secateur.learn import learn
 from secateur.recipes import auto_recipe, paper_recipe, remeasured_at
-from secateur.remeasure import remeasured, weighed
-from secateur.sensitivity import drawn, gate_sensitivity, sensitivity_at
+from secateur.remeasure import remeasured
+from secateur.sensitivity import drawn, gate_sensitivity, sensitivity_at, weighed
 from test_depth import with_gates
 from test_mixtures import only_experts, small_mixture
 

@@ -76,6 +76,11 @@ class Cell:
         return self.steps * BATCH_SIZE * SEQ_LEN
 
     @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the changes that the variant joins."""
+        return tuple(filter(None, self.variant.split("+")))
+
+    @property
     def recovery_tokens(self) -> int:
         """Tokens that weights are trained on after pruning: as many again, the same ones."""
         return self.tokens if "recover" in self.changes else 0
@@ -83,13 +88,13 @@ class Cell:
     @property
     def measured_once(self) -> bool:
         """Whether the default would have measured sensitivity again, and this does not."""
-        return "once" in self.variant.split("+")
+        return "once" in self.parts
 
     @property
     def changes(self) -> dict[str, Any]:
         """Settings in which the cell's variant differs from the defaults."""
         changes: dict[str, Any] = {}
-        for name in filter(None, self.variant.split("+")):
+        for name in self.parts:
             changes |= CHANGES[name]
         return changes
 
@@ -106,7 +111,7 @@ class Cell:
     @property
     def learns_as(self) -> "Cell":
         """The cell with the same gates: itself without what only changes weights afterwards."""
-        return replace(self, variant="+".join(name for name in self.variant.split("+") if name not in AFTERWARDS))
+        return replace(self, variant="+".join(name for name in self.parts if name not in AFTERWARDS))
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -159,7 +164,7 @@ def _both_ways(cells: list[Cell]) -> list[Cell]:
         if not again or _is_main(cell):
             found.append(cell)
         if again and not _is_later(cell):
-            found.append(replace(cell, variant="+".join(filter(None, ("once", cell.variant)))))
+            found.append(replace(cell, variant="+".join(("once", *cell.parts))))
     return found
 
 

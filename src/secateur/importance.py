@@ -26,8 +26,8 @@ from secateur.files import InputError
 from secateur.importance_experts import EXPERT_SCORES, column_norms, read, watching_experts
 from secateur.objective import distillation_loss
 from secateur.recipes import Recipe
-from secateur.remeasure import OnMeasured, remeasured, weighed
-from secateur.sensitivity import gate_sensitivity
+from secateur.remeasure import OnMeasured, remeasured
+from secateur.sensitivity import gate_sensitivity, weighed
 from secateur.units import Group, Slice
 from secateur.vocabulary import Vocabulary
 

@@ -31,8 +31,8 @@ from secateur.passes import Passes, recomputing
 from secateur.ranks import ALONE, Ranks
 from secateur.recipes import Recipe
 from secateur.relaxation import RELAXATIONS
-from secateur.remeasure import OnMeasured, remeasured, weighed
-from secateur.sensitivity import gate_sensitivity
+from secateur.remeasure import OnMeasured, remeasured
+from secateur.sensitivity import gate_sensitivity, weighed
 from secateur.teacher import Exactness, TeacherCache
 from secateur.units import Group
 

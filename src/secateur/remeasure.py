@@ -13,21 +13,14 @@ import torch
 from transformers import PreTrainedModel
 
 from secateur.budget import Budget
+from secateur.gates import by_group
 from secateur.ranks import ALONE, Ranks
 from secateur.recipes import Recipe, remeasured_at
-from secateur.sensitivity import balanced, sensitivity_at, weighted
+from secateur.sensitivity import sensitivity_at, weighed
 from secateur.units import Group
 
 OnMeasured = Callable[[int, int], None]
 """Hears of the rows that have been measured, of how many."""
-
-
-def weighed(
-    sensitivity_N: torch.Tensor, groups: tuple[Group, ...], recipe: Recipe
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sensitivities by which gates step, and those by which they are worth keeping."""
-    sensitivity_N = weighted(sensitivity_N, groups, recipe.attention_weight)
-    return sensitivity_N, balanced(sensitivity_N, groups, recipe.layer_balance)
 
 
 def remeasured(
@@ -66,8 +59,7 @@ def remeasured(
 
 def _ratio(now_N: torch.Tensor, first_N: torch.Tensor, groups: tuple[Group, ...]) -> torch.Tensor:
     ratio_N, heard_N = now_N / first_N, (now_N > 0) & (first_N > 0)
-    parts, heard = (dict(zip([g.name for g in groups], x_N.split([g.units for g in groups]), strict=True))
-                    for x_N in (ratio_N, heard_N))  # fmt: skip
+    parts, heard = by_group(ratio_N, groups), by_group(heard_N, groups)
     units = torch.cat([parts[g.name][heard[g.name]] for g in groups if not g.is_sublayer] or [ratio_N[:0]])
     if not len(units):
         return torch.ones_like(now_N)

@@ -22,6 +22,7 @@ from secateur.evaluate import mean_loss
 from secateur.experts import Inside, inside_experts
 from secateur.gates import by_group
 from secateur.ranks import ALONE, Ranks
+from secateur.recipes import Recipe
 from secateur.units import Group
 from secateur.vocabulary import Vocabulary, in_chunks
 
@@ -226,3 +227,11 @@ def balanced(sensitivity_N: torch.Tensor, groups: tuple[Group, ...], strength: f
             if groups[i].depth:  # compared with its units
                 parts[place[groups[i].depth]] = parts[place[groups[i].depth]] * factor
     return torch.cat(parts)
+
+
+def weighed(
+    sensitivity_N: torch.Tensor, groups: tuple[Group, ...], recipe: Recipe
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sensitivities by which gates step, and those by which they are worth keeping."""
+    sensitivity_N = weighted(sensitivity_N, groups, recipe.attention_weight)
+    return sensitivity_N, balanced(sensitivity_N, groups, recipe.layer_balance)
