@@ -169,11 +169,13 @@ def test_refit_reruns_alone_and_changes_output_projections_only(run, capsys, wel
     assert json.loads((run / "refit.json").read_text())[0]["tokens"] == 64
 
 
-def test_rounds_differ_by_gate_values_learned_in_between(run, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("second", "kept"), [(4.0, True), (5.0, False), (7.0, False)])
+def test_a_further_round_learns_gate_values_and_stays_only_if_they_help(run, monkeypatch, capsys, second, kept):
     """With no ridge that helps, all that a second round can change is a factor for each input of the writers."""
-    monkeypatch.setattr(refitting, "mean_loss", lambda *_: 1.0)
+    losses = iter([5.0, 6.0, second, 9.0])
+    monkeypatch.setattr(refitting, "mean_loss", lambda *_: next(losses))
     before = load_file(run / "model" / "model.safetensors")
-    assert secateur("refit", run, "--refit-rounds", "2") == 0
+    assert secateur("refit", run, "--refit-rounds", "3" if not kept else "2") == 0
     after = load_file(run / "model" / "model.safetensors")
     moved = 0
     for name in before:
@@ -181,7 +183,15 @@ def test_rounds_differ_by_gate_values_learned_in_between(run, tmp_path, monkeypa
             factor = after[name] / before[name]
             torch.testing.assert_close(factor, factor[:1].expand_as(factor), rtol=1e-4, atol=1e-4)
             moved += int((factor[0] - 1).abs().max() > 1e-4)
-    assert moved
+        elif not name.endswith("o_proj.weight"):
+            assert torch.equal(after[name], before[name])
+    assert bool(moved) == kept and next(losses, None) is None
+    if not kept:
+        assert all(torch.equal(after[name], before[name]) for name in before)
+        assert f"round 2 is left out, which would have changed the held-out loss from 5.0000 to {second}" in (
+            " ".join(capsys.readouterr().out.split())
+        )
+    assert len(json.loads((run / "refit.json").read_text())) == 1 + kept
 
 
 def test_refit_then_recover_are_listed_in_order(dense, text, tmp_path):
