@@ -141,6 +141,18 @@ def of_learning(found):
     return sum(found.memory["learn"].values())
 
 
+def test_sensitivity_is_measured_again_by_the_size_that_goes_first(big):
+    def rows(**settings):
+        config = Config(str(big), **{"sparsity": 0.5, "steps": 200, "batch_size": 2, "seq_len": 64} | settings)
+        stages = estimating.estimate(config, "H100").stages
+        return next(s.tokens for s in stages if s.name == "sensitivity") // 64 - 2 * 120
+
+    assert rows() == 3 * 48 and rows(sparsity=0.2) == rows(remeasure=False) == 0
+    assert rows(sparsity=None, sweep="0.2,0.5") == 0 and rows(sparsity=None, sweep="0.4,0.5") == 2 * 48
+    assert rows(sparsity=0.4, keep=("layers.0", "layers.1")) == 3 * 48, "it is 53 % of what --keep leaves"
+    assert rows(gates="gates.safetensors") == 0
+
+
 def test_devices_take_their_share_of_the_rows_and_all_of_the_weights(big):
     one = estimated(big, batch_size=4, gradient_checkpointing=True)
     four = estimated(big, batch_size=16, gradient_checkpointing=True, devices=4)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 
 import pytest
 import torch
@@ -204,6 +205,17 @@ def test_a_run_says_of_each_guard_whether_it_was_held(dense, text, other, tmp_pa
     assert ("--guard allows 1e-09" in said) == (not missed["held"])
     card = (run / "model" / "README.md").read_text()
     assert f"{held['pruned']:.3f}" in card
+
+
+def test_text_that_a_guard_has_seen_is_shared_with_the_evaluation(dense, text, tmp_path, capsys):
+    known, draw = tmp_path / "known.txt", random.Random(5)  # of words that the tokenizer has
+    known.write_text("\n\n".join(" ".join(f"w{draw.randrange(1, 50)}" for _ in range(60)) for _ in range(40)))
+    for name, word in (("run", f"{text}:9"), ("seen", f"{known}:9")):
+        options = ("--eval-data", known, "--eval-length", "16", "--eval-windows", "0")
+        assert secateur(*guarded(dense, text, tmp_path / name, word), *options) == 0
+        shared = json.loads((tmp_path / name / "eval.json").read_text())["overlap"]["text"]["runs"]
+        said = " ".join(capsys.readouterr().out.split())
+        assert (shared > 0) == (f"share {shared} runs of 13 words" in said) == (name == "seen")
 
 
 def test_a_resumed_run_keeps_the_guards_tokens_whatever_became_of_the_text(dense, text, other, tmp_path):

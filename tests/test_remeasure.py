@@ -165,9 +165,9 @@ def test_gates_start_from_what_was_measured_last():
 
 def test_measured_again_on_fewer_rows_each_time_others():
     config = Config("", steps=1000, sparsity=0.5, batch_size=2).resolved()
-    assert config.learning.remeasured_batches == 24 and config.remeasured_rows == 3 * 48
-    assert Config("", steps=1000, sparsity=0.2).resolved().remeasured_rows == 0
-    assert Config("", steps=1000, sparsity=0.5, remeasure=False).resolved().remeasured_rows == 0
+    assert config.learning.remeasured_batches == 24 and config.remeasured_rows(0.5) == 3 * 48
+    assert config.remeasured_rows(0.2) == 0
+    assert Config("", steps=1000, sparsity=0.5, remeasure=False).resolved().remeasured_rows(0.5) == 0
     model, rows = small_llama(), []
     description, limits = described(model, 0.5)
     recipe = Config("", steps=6, sparsity=0.5).resolved().learning

@@ -160,7 +160,7 @@ def _both_ways(cells: list[Cell]) -> list[Cell]:
     before is compared with `once`, and the main rows are there in both."""
     found = []
     for cell in cells:
-        again = Config(cell.model, **cell.settings).resolved().remeasured_rows > 0
+        again = Config(cell.model, **cell.settings).resolved().remeasured_rows(cell.sparsity) > 0
         if not again or _is_main(cell):
             found.append(cell)
         if again and not _is_later(cell):

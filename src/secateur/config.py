@@ -16,7 +16,7 @@ from secateur.guard import read_guards
 from secateur.policy import policy_of
 from secateur.recipes import EQUAL_WIDTHS, ONE_SHOT, WHOLE_EXPERTS, Method, Recipe, recipe_of, remeasured_at
 from secateur.selection import AttentionUnit, Depth, Kind, check_selection, kept_words
-from secateur.wanted import what_is_asked
+from secateur.wanted import read_sweep, what_is_asked
 
 Log = Literal["tensorboard", "wandb"]
 Scope = Literal["model", "kind", "layer", "expert"]
@@ -340,13 +340,20 @@ class Config:
         return self.learning.sensitivity_batches * self.batch_size
 
     @property
-    def remeasured_rows(self) -> int:
-        """Those on which sensitivity is measured again, where a sparsity says how often; needs resolved settings."""
-        recipe = self.learning
-        assert recipe is not None
-        if self.sparsity is None or not self.measures_sensitivity:
+    def first_removed(self) -> float | None:
+        """The share of the units' parameters that goes first: `--sparsity`, or the largest model of a `--sweep`. None
+        where budgets say it."""
+        if self.sweep is None or "=" in self.sweep:
+            return self.sparsity
+        return float(read_sweep(self.sweep)[0])
+
+    def remeasured_rows(self, removed: float) -> int:
+        """Calibration sequences on which sensitivity is measured again where such a share goes; needs resolved
+        settings."""
+        assert self.learning is not None
+        if self.gates is not None or not self.measures_sensitivity:
             return 0
-        return len(remeasured_at(self.sparsity)) * recipe.remeasured_batches * self.batch_size
+        return len(remeasured_at(removed)) * self.learning.remeasured_batches * self.batch_size
 
     def resolved(self) -> "Config":
         """The same settings with every default filled in, the recipe included."""

@@ -222,7 +222,9 @@ class Estimate:
 
         found = []
         if c.scored_rows:
-            rows = texts * c.scored_rows + c.remeasured_rows
+            first = c.first_removed
+            again = 0 if first is None else c.remeasured_rows(self.description.sparsity_of_rest(first))
+            rows = texts * c.scored_rows + again
             found.append(passes("sensitivity" if self.learns else "scores", rows, c.seq_len, 2))
         if self.learns:
             found.append(passes("learning", texts * c.steps * c.batch_size, c.seq_len, 3))

@@ -72,13 +72,13 @@ class Runs:
         return Shared(sum(s.words for s in found), sum(s.covered for s in found), sum(s.runs for s in found))
 
 
-def overlap(data: Path, ids_NT: torch.Tensor, tasks: "Tasks | None", tokenizer: Any) -> dict[str, Any]:
-    """What the calibration tokens in `data` (RUN/data.safetensors) share with windows of text and with tasks."""
-    try:
-        calibration_NT = stored_tokens(data, 2**31 - 1)[0]["calibration"]
-    except (ValueError, KeyError) as error:
-        raise InputError(f"{data} holds no calibration tokens ({error}); run `secateur learn RUN` again") from None
-    runs = Runs(decoded(calibration_NT, tokenizer))
+def overlap(
+    learned_from: Iterable[Path], ids_NT: torch.Tensor, tasks: "Tasks | None", tokenizer: Any
+) -> dict[str, Any]:
+    """What the tokens that gates were learned from (RUN/data.safetensors, guard-*.safetensors) share with windows of
+    text and with tasks."""
+    learned = [_calibration(path) for path in learned_from]
+    runs = Runs(text for calibration_NT in learned for text in decoded(calibration_NT, tokenizer))
     found: dict[str, Any] = {"run_words": RUN, "calibration_words": runs.words}
     found["text"] = asdict(runs.in_texts(decoded(ids_NT, tokenizer)))
     found["tasks"] = {}
@@ -86,6 +86,13 @@ def overlap(data: Path, ids_NT: torch.Tensor, tasks: "Tasks | None", tokenizer: 
         hit = sum(any(runs.in_text(text).runs for text in texts) for texts in items)
         found["tasks"][name] = {"items": len(items), "hit": hit}
     return found
+
+
+def _calibration(path: Path) -> torch.Tensor:
+    try:
+        return stored_tokens(path, 2**31 - 1)[0]["calibration"]
+    except (ValueError, KeyError) as error:
+        raise InputError(f"{path} holds no calibration tokens ({error}); run `secateur learn RUN` again") from None
 
 
 def decoded(ids_NT: torch.Tensor, tokenizer: Any) -> Iterator[str]:

@@ -333,7 +333,9 @@ def eval_stage(session: Session) -> dict[str, Any]:
                 loaded.model, exported, loaded.tokenizer, session.bos, session.progress.scored
             )
     if run.data.exists():
-        results["overlap"] = overlap(run.data, ids_NT, tasks, loaded.tokenizer)
+        guard_texts = (run.guard(number) for number in range(len(c.guard)))
+        learned_from = [run.data, *(path for path in guard_texts if path.exists())]
+        results["overlap"] = overlap(learned_from, ids_NT, tasks, loaded.tokenizer)
     results["seconds"] = checked(run.timings, dict[str, float], "secateur prune")
     about = _about(session, _is_stock(run))
     card = model_card(c, plan.shape, rounding, results, verification(run.verify), results["updates"], *about)
