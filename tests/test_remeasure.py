@@ -16,10 +16,11 @@ from secateur.describe import describe
 from secateur.gates import by_group
 from secateur.learn import learn
 from secateur.recipes import auto_recipe, paper_recipe, remeasured_at
-from secateur.remeasure import remeasured
+from secateur.remeasure import MOST_GROWTH, remeasured
 from secateur.sensitivity import drawn, gate_sensitivity, sensitivity_at, weighed
 from test_depth import with_gates
 from test_mixtures import only_experts, small_mixture
+from tiny import tiny
 
 IDS = random_tokens(6, 9)
 
@@ -81,6 +82,11 @@ def test_the_first_fifth_and_each_further_tenth_is_measured(removed, times):
     assert remeasured_at(removed) == pytest.approx([0.2, 0.3, 0.4, 0.5][:times])
 
 
+def bounded(ratio_N):
+    middle = ratio_N.median()
+    return ratio_N.clamp(middle / MOST_GROWTH, middle * MOST_GROWTH)
+
+
 @pytest.mark.parametrize("scope", ["model", "kind", "layer"])
 def test_what_is_worth_least_goes_up_to_each_share_and_nothing_that_may_stay(scope):
     model = small_llama(num_key_value_heads=4)
@@ -98,7 +104,7 @@ def test_what_is_worth_least_goes_up_to_each_share_and_nothing_that_may_stay(sco
         goes_N = ~largest_that_fits(worth_N, limits)
         assert worth_N[closed_N].max() <= worth_N[goes_N & ~closed_N].min()
         assert set(gate_N.tolist()) == {0.0, 1.0}
-        ratio_N = found_N / sensitivity_N
+        ratio_N = bounded(found_N / sensitivity_N)
     torch.testing.assert_close(growth_N, ratio_N.sqrt())
 
 
@@ -144,6 +150,54 @@ def test_gates_of_whole_sublayers_stay_open_and_change_as_their_units_do():
         if g.depth:
             torch.testing.assert_close(found[g.depth][0] ** 2, (found[g.name] ** 2).median())
     assert all((by_group(gate_N, groups)[g.name] == 1).all() for gate_N, _ in at for g in groups if g.is_sublayer)
+
+
+def budget_of(description, sparsity):
+    return make_budget(description.groups, description.shapes, sparsity, "model")
+
+
+def test_nothing_is_measured_again_where_only_whole_sublayers_go():
+    model = small_llama(num_key_value_heads=4)
+    description = with_gates(model, "alone")
+    _, growth_N, at = measured(model, description.groups, budget_of(description, 0.5))
+    assert (growth_N == 1).all() and not at
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3_text", "olmo2", "llama"])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_sublayer_keeps_its_best_unit_as_a_norm_of_nothing_has_no_derivative(kind, seed):
+    model = tiny(kind, seed, num_attention_heads=4, num_key_value_heads=4).requires_grad_(False)
+    description = describe(model)
+    groups = description.groups
+    limits = budget_of(description, 0.8)
+    sensitivity_N, growth_N, at = measured(model, groups, limits)
+    best = by_group(limits.per_cost(weighed(sensitivity_N, groups, auto_recipe(len(IDS)))[1]), groups)
+    first = by_group(at[0][0], groups)
+    for g in groups:
+        assert first[g.name][best[g.name].argmax()] == 1
+        assert all(by_group(gate_N, groups)[g.name].any() for gate_N, _ in at)
+    last_N = at[-1][1] / sensitivity_N
+    assert len(at) == 6
+    torch.testing.assert_close(growth_N, bounded(last_N).sqrt())
+
+
+def test_nested_heads_are_heard_whatever_is_closed():
+    model = tiny("llama", num_attention_heads=12, num_key_value_heads=3).requires_grad_(False)
+    description = describe(model, "nested")
+    groups = description.groups
+    sensitivity_N, growth_N, at = measured(model, groups, budget_of(description, 0.7))
+    silent, growth = 0, by_group(growth_N**2, groups)
+    for gate_N, found_N in at:
+        gates, found = by_group(gate_N, groups), by_group(found_N, groups)
+        for heads in (g for g in groups if g.keys):
+            assert (gates[heads.keys] == 1).all() and (found[heads.name] > 0).all()
+            closed_K = ~heads.by_part(gates[heads.name]).bool().any(1)
+            assert torch.equal(found[heads.keys] == 0, closed_K)
+            if found_N is at[-1][1]:
+                silent += int(closed_K.sum())
+                of_heads_K = heads.by_part(growth[heads.name]).median(1).values
+                torch.testing.assert_close(growth[heads.keys][closed_K], of_heads_K[closed_K])
+    assert silent, "some KV head has lost all of its query heads"
 
 
 def test_gates_start_from_what_was_measured_last():
