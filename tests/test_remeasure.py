@@ -185,7 +185,7 @@ def test_nested_heads_are_heard_whatever_is_closed():
     model = tiny("llama", num_attention_heads=12, num_key_value_heads=3).requires_grad_(False)
     description = describe(model, "nested")
     groups = description.groups
-    sensitivity_N, growth_N, at = measured(model, groups, budget_of(description, 0.7))
+    _, growth_N, at = measured(model, groups, budget_of(description, 0.7))
     silent, growth = 0, by_group(growth_N**2, groups)
     for gate_N, found_N in at:
         gates, found = by_group(gate_N, groups), by_group(found_N, groups)

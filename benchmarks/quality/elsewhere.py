@@ -15,10 +15,9 @@ from pydoc_data.topics import topics
 
 from secateur.api import open_session
 from secateur.bos import leading_bos
-from secateur.describe import describe
 from secateur.evaluate import mean_loss, windows
 from secateur.files import InputError
-from secateur.load import load
+from secateur.load import load, selected
 from secateur.plan import load_plan
 
 
@@ -41,7 +40,7 @@ def main() -> int:
         for run in options.runs:
             session = open_session(run)
             c = session.config
-            description = describe(loaded.model, c.attention_unit).only(c.units).keeping(c.keep)
+            description = selected(loaded.model, c.units, c.attention_unit, c.keep, c.depth)
             session.loaded = replace(loaded, description=description)
             groups = description.groups
             plan, _ = load_plan(session.run.plan, groups, session.architecture)

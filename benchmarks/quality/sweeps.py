@@ -1,17 +1,20 @@
 """A sweep beside runs that learn one of its sizes each, with as many tokens as the whole sweep.
 
     python benchmarks/quality/sweeps.py MODEL --data FOLDER [--sizes 0.2,0.35,0.5] [--steps 400] [--seed 0] [--work DIR]
+        [--no-remeasure]
 
 Both kinds learn and plan as `secateur prune` does, in run folders below DIR, where an interrupted comparison goes on;
 then each plan's gates are put on the model, which computes what the export would. Judged on texts that settings were
 chosen on (docs/study.md): WikiText-2 raw validation and C4, 20 windows of 512 tokens each, and on held-out tokens of
-the calibration's kind; as multiples of the unpruned model's perplexity.
+the calibration's kind; as multiples of the unpruned model's perplexity. A sweep measures sensitivity again for its
+first size alone; `--no-remeasure` leaves that out of all runs.
 """
 
 import argparse
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -45,10 +48,10 @@ class Beside:
         self.texts = {name: judge.windows(file) for name, file in TEXTS.items()}
         self.dense: dict[str, float] | None = None
 
-    def run(self, name: str, **settings: object) -> Run:
+    def run(self, name: str, **settings: Any) -> Run:
         """The run folder of that name, begun now or earlier."""
         config = Config(self.model, data=str(self.calibration), out=self.work / name, seq_len=256, batch_size=2,
-                        held_out_tokens=4096, **settings)  # type: ignore[arg-type]  # fmt: skip
+                        held_out_tokens=4096, **settings)  # fmt: skip
         return open_run(self.work / name) if (self.work / name / "config.yaml").exists() else new_run(config)
 
     def session(self, run: Run, screen: Screen) -> Session:
@@ -71,9 +74,11 @@ class Beside:
         return {name: math.exp(loss - self.dense[name]) for name, loss in losses.items()}
 
 
-def compare(beside: Beside, sizes: str, steps: int, seed: int) -> None:
+def compare(beside: Beside, sizes: str, steps: int, seed: int, remeasure: bool) -> None:
     """Learns what is not learned yet and prints a row a size."""
-    swept = beside.run(f"sweep-{sizes}-{steps}-seed{seed}", sweep=sizes, steps=steps, seed=seed)
+    settings: dict[str, Any] = {"steps": steps, "seed": seed, "remeasure": remeasure}
+    ending = f"{steps}-seed{seed}" + ("" if remeasure else "-once")
+    swept = beside.run(f"sweep-{sizes}-{ending}", sweep=sizes, **settings)
     with Screen(console, swept.config) as screen:
         session = beside.session(swept, screen)
         if not is_done(swept):
@@ -85,7 +90,7 @@ def compare(beside: Beside, sizes: str, steps: int, seed: int) -> None:
                 plan_stage(inside)
             found[size.config.sparsity] = beside.times_dense(inside)
     for sparsity, of_sweep in found.items():
-        alone = beside.run(f"alone-{sparsity:g}-{steps}-seed{seed}", sparsity=sparsity, steps=steps, seed=seed)
+        alone = beside.run(f"alone-{sparsity:g}-{ending}", sparsity=sparsity, **settings)
         with Screen(console, alone.config) as screen:
             session = beside.session(alone, screen)
             if not alone.gates.exists():
@@ -107,9 +112,11 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=400, help="of 2 × 256 tokens")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=Path("runs/sweeps"))
+    parser.add_argument("--no-remeasure", action="store_true", help="measure sensitivity on the unpruned model only")
     options = parser.parse_args()
     try:
-        compare(Beside(options.model, options.data, options.work), options.sizes, options.steps, options.seed)
+        beside = Beside(options.model, options.data, options.work)
+        compare(beside, options.sizes, options.steps, options.seed, not options.no_remeasure)
     except InputError as error:
         print(f"sweeps: {error}", file=sys.stderr)
         return 2

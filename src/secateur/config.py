@@ -126,9 +126,9 @@ class Config:
     binarise: bool = True
     """Press undecided gates to a side: the term λ₃ of the deterministic method, which the others do not have."""
     remeasure: bool = True
-    """Measure sensitivity again where more than a fifth of the units' parameters goes: at a fifth, and at each further
-    tenth, on the model that is left. Each time takes a fifth of the rows of the first one, from 120 steps on. Further
-    sizes of a sweep and `--gates` do without."""
+    """Measure sensitivity again where a quarter or more of the units' parameters goes: at a fifth, and at each further
+    tenth, on the model that is left. Each time takes up to 24 batches, a fifth of the first one's from 120 steps on.
+    Further sizes of a sweep and `--gates` do without."""
     per: Scope | None = None
     """One budget over the whole model, one for each kind of unit (of `--sparsity` only), or equal widths in all layers
     (`layer`), and in all experts of a layer, too (`expert`, and `layer` with `--budget`). Default: `expert` when the

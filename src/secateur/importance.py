@@ -213,7 +213,7 @@ def sensitivity(
 ) -> Scores:
     """What the default recipe starts from, without the learning: Fisher information of the gates, heads counted more,
     channels evened out between layers (`sensitivity.py`), on as many rows as the recipe measures; measured anew where
-    more than a fifth goes (`remeasure.py`), of which `on_measured` hears."""
+    a quarter or more goes (`remeasure.py`), of which `on_measured` hears."""
     sensitivity_N = gate_sensitivity(model, groups, ids_NT, on_row)
     largest = partial(largest_that_fits, limits=limits)
     growth_N = remeasured(model, groups, ids_NT, sensitivity_N, limits, recipe, largest, on_measured)

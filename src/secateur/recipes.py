@@ -57,7 +57,7 @@ class Recipe:
     settle: float
     """Share of the steps, at the end, in which the kept set is fixed and only gate values are learned."""
     remeasured_batches: int = 0
-    """Batches on which sensitivity is measured again, each time, where the budget takes more than a fifth away
+    """Batches on which sensitivity is measured again, each time, where the budget takes a quarter or more away
     (remeasure.py). 0: never."""
 
 

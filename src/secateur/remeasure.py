@@ -38,8 +38,8 @@ def remeasured(
     on_measured: OnMeasured = lambda _rows, _of: None,
     ranks: Ranks = ALONE,
 ) -> torch.Tensor:
-    """What the dense model's sensitivities are to be multiplied by, shape (N,): 1 where the budget takes no more than a
-    fifth.
+    """What the dense model's sensitivities are to be multiplied by, shape (N,): 1 where the budget takes less than a
+    quarter.
 
     `sensitivity_N` was measured on `ids_NT`, whose rows are gone through once more. `largest` makes the kept set of the
     budget from what units are worth for what they cost. What was said last counts as much as what was said first, by
