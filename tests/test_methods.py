@@ -10,6 +10,7 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from runs import complaint, gates_of, prune_arguments, same_gates, secateur, write_checkpoint, write_texts
 from secateur import importance
@@ -173,6 +174,26 @@ def test_without_binarisation_gates_come_out_otherwise(runs, grouped, tmp_path):
     assert not same_gates(tmp_path / "run", tmp_path / "other")
     steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all(step["lambda3"] == [0.0] for step in steps)
+
+
+def test_scores_by_sensitivity_save_memory_as_learning_does(grouped, tmp_path, monkeypatch):
+    """Layers are computed once more in the backward pass, of as few rows at once as was asked for."""
+    forward, measure, calls, counted = LlamaMLP.forward, importance.gate_sensitivity, [], []
+
+    def measuring(*positional, **named):
+        calls.clear()
+        found = measure(*positional, **named)
+        counted.append((sum(calls), max(calls)))
+        return found
+
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: calls.append(len(x)) or forward(self, x))
+    monkeypatch.setattr(importance, "gate_sensitivity", measuring)
+    for name, more in (("plain", ()), ("saving", ("--gradient-checkpointing", "--micro-batch-size", "1"))):
+        assert secateur(*arguments(grouped, "sensitivity", tmp_path / name), *more) == 0
+    (plain, two), (saving, one) = counted
+    assert (two, one) == (2, 1) and saving == plain + 8 * 2 * 3, "every row once more in each layer"
+    first, second = gates_of(tmp_path / "plain"), gates_of(tmp_path / "saving")
+    assert all(torch.equal(first[name] > 0, second[name] > 0) for name in first)
 
 
 def test_a_model_with_broken_weights_cannot_be_scored(capsys, grouped, tmp_path):

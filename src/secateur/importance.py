@@ -209,12 +209,13 @@ def sensitivity(
     on_row: OnRow,
     *,
     recipe: Recipe,
+    rows: int | None = None,
     on_measured: OnMeasured = lambda _rows, _of: None,
 ) -> Scores:
     """What the default recipe starts from, without the learning: Fisher information of the gates, heads counted more,
     channels evened out between layers (`sensitivity.py`), on as many rows as the recipe measures; measured anew where
-    a quarter or more goes (`remeasure.py`), of which `on_measured` hears."""
-    sensitivity_N = gate_sensitivity(model, groups, ids_NT, on_row)
+    a quarter or more goes (`remeasure.py`), of which `on_measured` hears. `rows`: the most at once."""
+    sensitivity_N = gate_sensitivity(model, groups, ids_NT, on_row, rows=rows)
     largest = partial(largest_that_fits, limits=limits)
     growth_N = remeasured(model, groups, ids_NT, sensitivity_N, limits, recipe, largest, on_measured)
     return Scores(limits.per_cost(weighed(sensitivity_N, groups, recipe)[1] * growth_N))

@@ -27,6 +27,7 @@ from secateur.load import autocast, load, pick_device
 from secateur.offloaded import is_offloaded
 from secateur.optimise import BARELY_OPEN, Step
 from secateur.order import kept_for, ranked
+from secateur.passes import recomputing
 from secateur.policy import policy_of
 from secateur.ranks import Ranks, here
 from secateur.recipes import Recipe, tie_of
@@ -120,7 +121,9 @@ def _score(session: Session, limits: Budget, about: dict[str, Any]) -> Gates:
     assert c.learning is not None
     score_units = ONE_SHOT[c.method]
     if c.method == "sensitivity":
-        score_units = partial(score_units, recipe=c.learning, on_measured=session.progress.measured)
+        score_units = partial(
+            score_units, recipe=c.learning, rows=c.micro_batch_size, on_measured=session.progress.measured
+        )
     ids_NT = session.blocks.calibration_NT[: c.scored_rows].to(device)
     session.run.metrics.unlink(missing_ok=True)  # of gates learned in this folder before
     loaded.model.eval().requires_grad_(False)
@@ -128,7 +131,8 @@ def _score(session: Session, limits: Budget, about: dict[str, Any]) -> Gates:
     def on_row(row: int) -> None:
         session.progress.measured(row, len(ids_NT))
 
-    scores = score_units(loaded.model, groups, ids_NT, limits.to(device), on_row)
+    with recomputing(loaded.model, c.gradient_checkpointing and c.method == "sensitivity"):
+        scores = score_units(loaded.model, groups, ids_NT, limits.to(device), on_row)
     score_N = scores.score_N.cpu()
     if not torch.isfinite(score_N).all():
         raise InputError(f"scores of --method {c.method} are NaN or infinite; score in --dtype float32")
