@@ -1,6 +1,7 @@
 """Refit: the closed form is least squares, makes up for what can be made up for, and never raises the held-out loss."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -192,6 +193,19 @@ def test_a_further_round_learns_gate_values_and_stays_only_if_they_help(run, mon
             " ".join(capsys.readouterr().out.split())
         )
     assert len(json.loads((run / "refit.json").read_text())) == 1 + kept
+
+
+def test_a_round_that_is_left_out_leaves_what_was_solved_before(run, tmp_path, monkeypatch):
+    exports = []
+    for rounds in ("1", "2"):
+        losses = iter([5.0, 4.0, 4.5, 9.0, 9.5])  # one ridge, none weaker; then values that are worse
+        monkeypatch.setattr(refitting, "mean_loss", lambda *_, losses=losses: next(losses))
+        copy = shutil.copytree(run, tmp_path / rounds)
+        assert secateur("refit", copy, "--refit-rounds", rounds) == 0
+        exports.append(load_file(copy / "model" / "model.safetensors"))
+    before = load_file(run / "model" / "model.safetensors")
+    assert all(torch.equal(exports[0][name], exports[1][name]) for name in before)
+    assert any(not torch.equal(exports[0][name], before[name]) for name in before)
 
 
 def test_refit_then_recover_are_listed_in_order(dense, text, tmp_path):

@@ -206,13 +206,9 @@ def refit_stage(session: Session) -> list[Refit]:
     with session.timed("refit"), session.autocast():
         equations = normal_equations(loaded.model, loaded.description.groups, plan, rows_NT)
         for number in range(c.refit_rounds):
-            writers = [student.get_parameter(g.writer) for g in groups]
-            before = [weight.data.clone() for weight in writers] if number else []
             regated = _regated(session, student, groups) if number else {}
             weights, result = refit(student, equations, blocks.held_out_NT)
             if number and not result.held_out_after < done[-1].held_out_after:
-                for weight, data in zip(writers, before, strict=True):
-                    weight.data = data
                 session.progress.told(
                     f"refit: round {number + 1} is left out, which would have changed the held-out loss from "
                     f"{done[-1].held_out_after:.4f} to {result.held_out_after:.4f} nats a token"
