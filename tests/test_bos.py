@@ -7,6 +7,7 @@ import torch
 
 from secateur.bos import leading_bos
 from secateur.evaluate import windows
+from secateur.files import InputError
 from texts import BOS, blocks_of, make_tokenizer, own_words, write_jsonl
 
 VOCABULARY = 128
@@ -56,7 +57,9 @@ def test_the_user_may_say_so_or_say_no():
 def test_a_tokenizer_without_bos_or_without_english_decides_nothing():
     nameless = Words()
     nameless.bos_token_id = None
-    assert leading_bos(Reader(3.0), nameless, "always") is None
+    assert leading_bos(Reader(3.0), nameless) is None
+    with pytest.raises(InputError, match="--bos always: this tokenizer has no BOS token"):
+        leading_bos(Reader(3.0), nameless, "always")
     assert leading_bos(Reader(3.0), Words(different=5)) is None
 
 

@@ -452,6 +452,9 @@ def test_where_two_budgets_bind_units_are_ranked_by_worth_at_their_prices():
             for rank_N in (limits.per_cost(worth_N), worth_N / limits.share_N)
         )
         assert by_price >= 0.995 * by_params
+        with torch.autocast("cpu", torch.bfloat16):  # as where gates are learned
+            narrow_N = limits.per_cost(worth_N)
+        assert torch.equal(narrow_N, limits.per_cost(worth_N))
 
 
 def test_a_unit_is_worth_the_more_the_less_it_costs_of_what_is_bounded():

@@ -247,3 +247,6 @@ def test_a_guard_that_is_not_there_or_too_short_is_named(dense, text, tmp_path, 
 def test_methods_that_learn_nothing_take_no_guard(dense, text, other, tmp_path, capsys):
     said = complaint(capsys, *guarded(dense, text, tmp_path / "run", f"{other}:0.1", method="magnitude"))
     assert "--guard is a setting of learning, and --method magnitude learns nothing" in said
+    recovered = prune_arguments(dense, text, tmp_path / "run", method="magnitude", recover="full", kd_weight=0.5)
+    assert secateur(*recovered, "--guard", f"{other}:0.5") == 0
+    assert json.loads((tmp_path / "run" / "eval.json").read_text())["guards"]

@@ -11,10 +11,12 @@ from runs import described, random_tokens, small_llama
 from secateur.attach import attached, compensation, writer
 from secateur.budget import largest_that_fits
 from secateur.importance import ONE_SHOT, flap, magnitude, sensitivity, taylor_element, taylor_vector, wanda_sp
+from secateur.importance_experts import column_norms, read, watching_experts
 from secateur.learn import learn
 from secateur.optimise import Optimiser
 from secateur.order import ranked
 from secateur.recipes import OF_EXPERTS, auto_recipe
+from tiny import MIXTURE, tiny
 
 IDS = random_tokens(3, 9)
 
@@ -81,6 +83,23 @@ def test_wanda_is_weight_times_input_norm_summed_over_the_columns_of_a_unit(mode
         expected.append(sum((weight_OI[i, j].abs() * norm_I[j]).item() for i in range(len(weight_OI)) for j in columns))
     expected_N = torch.tensor(expected) / limits.share_N / (IDS.numel() ** 0.5)
     torch.testing.assert_close(found.score_N, expected_N)
+
+
+def test_wanda_takes_an_experts_inputs_over_all_tokens_as_it_does_those_of_other_units():
+    """So that one budget over both compares like with like."""
+    model = tiny("mixtral", **MIXTURE).requires_grad_(False)
+    description, limits = described(model, 0.3)
+    ids_NT = random_tokens(3, 9)
+    found = wanda_sp(model, description.groups, ids_NT, limits, lambda _: None)
+    with watching_experts(model, description.groups) as usage:
+        read(model, ids_NT)
+    parts = (found.score_N * limits.share_N).split([g.units for g in description.groups])
+    for group, score_U in zip(description.groups, parts, strict=True):
+        if group.experts:
+            mean_EC = usage[group.name].squares_EC / (3 * 9)
+            expected_EC = mean_EC.sqrt() * column_norms(model, group, 1)
+            torch.testing.assert_close(score_U, expected_EC.flatten())
+    assert any(not g.experts for g in description.groups) and any(g.experts for g in description.groups)
 
 
 def test_flap_is_the_fluctuation_of_inputs_standardised_by_layer_and_kind_and_averaged_over_a_unit(model):

@@ -196,6 +196,19 @@ def test_scores_by_sensitivity_save_memory_as_learning_does(grouped, tmp_path, m
     assert all(torch.equal(first[name] > 0, second[name] > 0) for name in first)
 
 
+def test_taylor_scores_take_gradient_checkpointing_at_its_word(grouped, tmp_path, monkeypatch):
+    forward, calls = LlamaMLP.forward, []
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: calls.append(torch.is_grad_enabled()) or forward(self, x))
+    counted = []
+    for name, more in (("plain", ()), ("saving", ("--gradient-checkpointing",))):
+        calls.clear()
+        assert secateur(*arguments(grouped, "taylor-element", tmp_path / name), *more) == 0
+        counted.append(sum(calls))
+    assert counted[1] == 2 * counted[0] > 0, "every row once more in each layer"
+    first, second = gates_of(tmp_path / "plain"), gates_of(tmp_path / "saving")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 def test_a_model_with_broken_weights_cannot_be_scored(capsys, grouped, tmp_path):
     broken = shutil.copytree(grouped, tmp_path / "broken")
     path = broken / "dense" / "model.safetensors"

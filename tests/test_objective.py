@@ -89,6 +89,13 @@ def random_logits(rows=3, length=50, vocabulary=37):
     return student_BTV, teacher_BTV, ids_BT
 
 
+def test_losses_of_float32_logits_are_not_rounded_where_passes_are_in_bfloat16():
+    student_BTV, teacher_BTV, ids_BT = random_logits()
+    plain = distillation_loss(student_BTV, teacher_BTV, ids_BT, 2.0, 1.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert distillation_loss(student_BTV, teacher_BTV, ids_BT, 2.0, 1.0) == plain
+
+
 @pytest.mark.parametrize("kd_weight", [0.0, 2.0])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_distillation_loss_and_its_gradient_equal_the_plain_formula(kd_weight, temperature, monkeypatch):

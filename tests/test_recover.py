@@ -17,6 +17,7 @@ from secateur.export import export
 from secateur.files import InputError
 from secateur.recover import Recovery, recover
 from secateur.updates import updates_of
+from secateur.vocabulary import Vocabulary
 from tiny import random_plan
 
 STEPS = 12
@@ -72,6 +73,21 @@ def test_recovery_brings_the_model_nearer_to_its_teacher_on_other_text(folder, t
     missing, unexpected = model.load_state_dict(weights, strict=False)
     assert not unexpected and missing
     assert kl_to(teacher, model, other) < 0.9 * before
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_parts_of_a_batch_train_as_the_batch_does(folder, teacher, kind, monkeypatch):
+    settings = replace(SETTINGS[kind], steps=2, batch_size=4)
+    whole = run(folder, teacher, kind, settings, ROWS[:8])
+    seen = []
+    hidden = Vocabulary.hidden
+    monkeypatch.setattr(Vocabulary, "hidden", lambda own, ids_BT: seen.append(len(ids_BT)) or hidden(own, ids_BT))
+    steps = []
+    parts = run(folder, teacher, kind, settings, ROWS[:8], micro_batch_size=1, on_step=steps.append)
+    assert set(seen) == {1} and len(seen) == 2 * 2 * 4 and len(steps) == 2
+    before = pruned(folder).state_dict()
+    moved = sum((whole[name] - before[name]).norm() for name in whole)
+    assert sum((whole[name] - parts[name]).norm() for name in whole) < 0.01 * moved
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
@@ -202,6 +218,11 @@ def test_recover_reruns_alone_with_its_own_options(run, capsys):
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all("_proj" in name for name in changed)
     assert secateur("eval", run) == 0
+    assert "(11 steps on the calibration tokens)" in (run / "model" / "README.md").read_text()
+    assert secateur("recover", run, "--recover", "full", "--recover-steps", "3") == 0
+    card = (run / "model" / "README.md").read_text()
+    assert "(11 steps on the calibration tokens), and merged, then" in card
+    assert "(3 steps on the calibration tokens)" in card
 
 
 def test_a_new_export_is_not_recovered_from_the_state_of_an_earlier_one(run, monkeypatch):

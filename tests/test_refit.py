@@ -10,11 +10,12 @@ from transformers import AutoModelForCausalLM
 
 from runs import complaint, described, prune_arguments, random_tokens, secateur, small_llama
 from secateur import refit as refitting
+from secateur.describe import describe
 from secateur.export import export
 from secateur.plan import Plan
 from secateur.refit import normal_equations, refit
 from secateur.updates import updates_of
-from tiny import random_plan
+from tiny import MIXTURE, random_plan, tiny
 
 ROWS, HELD_OUT = random_tokens(24, 16), random_tokens(4, 16, seed=5)
 
@@ -108,6 +109,29 @@ def test_a_removed_channel_that_a_kept_one_repeats_is_made_up_for(tmp_path, monk
     monkeypatch.setattr(refitting, "mean_loss", lambda model, ids: (model(ids).logits - dense).abs().max())
     _weights, done = refit(student, equations, HELD_OUT)
     assert done.held_out_before > 0.5 and done.held_out_after < 0.02
+
+
+def test_equations_are_summed_and_solved_in_float32_whatever_the_passes_compute_in(teacher, plan, pruned):
+    student, equations = pruned
+    place = equations[0].place
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = equations[0].update(place.read(student), place.bias(student), 0.1)
+    assert torch.equal(narrow, equations[0].update(place.read(student), place.bias(student), 0.1))
+
+
+def test_what_experts_give_is_summed_in_float32_whatever_the_passes_compute_in():
+    model = tiny("mixtral", **MIXTURE)
+    description = describe(model)
+    group, plan = next(g for g in description.groups if g.experts), random_plan(description)
+    x_TC, routing_T1 = torch.randn(7, group.width), torch.rand(7, 1)
+    sums = []
+    for narrow in (False, True):
+        found = refitting._of_experts(model, group, plan)
+        expert = min(found)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+            refitting._seeing(model.get_submodule(group.gate_at), found)(expert, x_TC, routing_T1)
+        sums.append(found[expert].yx_OI)
+    assert torch.equal(*sums) and sums[0].any()
 
 
 def test_weights_stay_where_no_ridge_lowers_the_held_out_loss(teacher, pruned, monkeypatch):
@@ -206,6 +230,26 @@ def test_a_round_that_is_left_out_leaves_what_was_solved_before(run, tmp_path, m
     before = load_file(run / "model" / "model.safetensors")
     assert all(torch.equal(exports[0][name], exports[1][name]) for name in before)
     assert any(not torch.equal(exports[0][name], before[name]) for name in before)
+
+
+def test_a_refit_that_helped_nothing_is_done_and_changes_nothing(run, monkeypatch):
+    rising = iter(range(1, 1000))
+    monkeypatch.setattr(refitting, "mean_loss", lambda *_: float(next(rising)))
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("refit: false", "refit: true"))
+    before = {path.name: path.read_bytes() for path in (run / "model").iterdir() if path.is_file()}
+    assert secateur("refit", run) == 0
+    assert before == {path.name: path.read_bytes() for path in (run / "model").iterdir() if path.is_file()}
+    assert secateur("verify", run) == 0 and secateur("eval", run) == 0
+    evaluation = json.loads((run / "eval.json").read_text())
+    assert evaluation["updates"] == [] and evaluation["refit"][0]["ridge"] is None
+    card = (run / "model" / "README.md").read_text()
+    assert "solved anew" not in card and "nothing was fine-tuned" in card
+    counted = next(rising)
+    assert secateur("prune", "--resume", run) == 0 and next(rising) == counted + 1  # it is not tried again
+    assert secateur("push", run, "--repo", "owner/name", "--dry-run") == 0
+    (run / "refit.json").unlink()
+    assert secateur("push", run, "--repo", "owner/name", "--dry-run") == 2
 
 
 def test_refit_then_recover_are_listed_in_order(dense, text, tmp_path):

@@ -313,6 +313,13 @@ def test_a_broken_line_is_named_before_anything_is_loaded_or_learned(dense, text
     assert {p.name for p in (tmp_path / "run").iterdir()} == {"config.yaml"}
 
 
+def test_halves_of_surrogate_pairs_are_no_reason_to_stop(run, tmp_path):
+    item = '{"id": "\\ud83d", "query": "w1 \\ud83d", "choices": [" w1 \\udc00", " w2"], "gold": 0}'
+    (tmp_path / "odd.jsonl").write_text(item + "\n")
+    assert secateur("eval", run, "--tasks", tmp_path / "odd.jsonl") == 0
+    assert json.loads((run / "eval.json").read_text())["tasks"]["odd"]["items"] == 1
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [("empty.jsonl", "", "holds no items"), ("blank.jsonl", "\n\n", "holds no items"),

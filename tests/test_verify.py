@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from runs import (
     SIZES,
+    complaint,
     described,
     prune_arguments,
     random_tokens,
@@ -186,11 +188,44 @@ def test_the_command_ends_with_code_1_as_often_as_the_export_is_wrong_and_with_0
     assert secateur("verify", run.folder) == 0
 
 
-def test_an_export_of_another_plan_is_refused_and_stays_where_it_is(run):
-    assert secateur("plan", run.folder, "--shape", "uniform") == 0
-    with pytest.raises(InputError, match="exported from another plan; run `secateur export"):
-        verify_stage(session(run))
-    assert run.model.is_dir()
+@pytest.mark.parametrize("command", ["verify", "refit", "recover --recover full", "eval"])
+@pytest.mark.parametrize("change", ["widths", "values", "widths of an export that does not say its plan"])
+def test_an_export_of_another_plan_is_refused_and_stays_where_it_is(run, capsys, command, change):
+    if change == "values":
+        plan = json.loads(run.plan.read_text())
+        next(scale for scale in plan["scales"].values() if scale)[0] += 0.25
+        run.plan.write_text(json.dumps(plan))
+    else:
+        assert secateur("plan", run.folder, "--shape", "uniform") == 0
+    if change.endswith("its plan"):
+        config = json.loads((run.model / "config.json").read_text())
+        del config["secateur"]["plan"]
+        (run.model / "config.json").write_text(json.dumps(config))
+    before = {path.name: path.read_bytes() for path in run.model.iterdir() if path.is_file()}
+    said = complaint(capsys, *command.split()[:1], run.folder, *command.split()[1:])
+    assert "was exported from another plan; run `secateur export" in said
+    assert before == {path.name: path.read_bytes() for path in run.model.iterdir() if path.is_file()}
+
+
+def test_a_run_goes_on_without_its_texts_once_their_tokens_are_in_it(run, tmp_path, capsys):
+    """Every stage but one that reads a text which is not in the run yet."""
+    data = Path(run.config.data)
+    gone = data.rename(tmp_path / "moved.jsonl")
+    try:
+        for command in ("plan", "export", "verify", "refit", "eval"):
+            assert secateur(command, run.folder) == 0, capsys.readouterr().err
+        assert secateur("eval", run.folder, "--eval-data", gone, "--eval-windows", "2", "--eval-length", "16") == 0
+        assert "no such file" in complaint(capsys, "eval", run.folder, "--eval-data", data)
+        run.data.unlink()
+        assert "no such file" in complaint(capsys, "eval", run.folder)
+    finally:
+        gone.rename(data)
+
+
+@pytest.mark.parametrize("option", [("--eval-length", "32"), ("--eval-windows", "5"), ("--eval-join", "lines")])
+def test_windows_of_no_text_are_refused(run, capsys, option):
+    said = complaint(capsys, "eval", run.folder, *option)
+    assert option[0] in said and "--eval-data" in said
 
 
 def test_verifying_leaves_the_dense_model_as_it_was(run):

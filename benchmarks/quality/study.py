@@ -36,13 +36,14 @@ from secateur.bos import leading_bos
 from secateur.budget import Figures
 from secateur.card import public_name
 from secateur.config import Config
+from secateur.exported import load_export
 from secateur.files import InputError, read_json, write_json
 from secateur.load import Loaded, load
 from secateur.progress import Screen
 from secateur.recipes import ONE_SHOT
 from secateur.run import Run, new_run, open_run
 from secateur.session import Session
-from secateur.stages import VerificationFailed, load_export, remaining_stages
+from secateur.stages import VerificationFailed, remaining_stages
 
 HERE = Path(__file__).parent
 SIZES = (*(field.name for field in fields(Figures)), "disk_bytes")

@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig
 
 from secateur.bench_report import draw
 from secateur.bench_report import show as show
+from secateur.exported import check_plan, checked_export, planned
 from secateur.files import InputError, scratch_folder, write_json
 from secateur.gates import architecture_fingerprint
 from secateur.ideal import Cost, Ideal, cost_of, eaten, ideals, odd_widths
@@ -26,7 +27,6 @@ from secateur.measure import Measured, Settings, Timing, measure, processor
 from secateur.own_code import brings_own_code
 from secateur.run import Run
 from secateur.slicing import pruned_shapes
-from secateur.stages import checked_export, planned
 from secateur.workers.parent import Worker
 
 BENCH_FORMAT = 1
@@ -68,6 +68,7 @@ def prediction_of(run: Run) -> Callable[[Mapping[str, Any]], dict[str, Any]] | N
     table.check_model(description, run.latency)
     groups = description.groups
     plan, _ = planned(run, groups, architecture_fingerprint(groups, description.shapes))
+    check_plan(run, plan)
     exported, _ = describe_pretrained(str(checked_export(run)), brings_own_code(run.model))
     if exported.shapes != pruned_shapes(description, plan):
         raise InputError(f"{run.model} was exported from another plan; run `secateur export {run.folder}` first")

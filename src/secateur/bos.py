@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from secateur.evaluate import mean_loss
+from secateur.files import InputError
 
 PROBE = (
     "A river carries more than water. Every spring it takes soil from the hills, and what it takes it lays down again "
@@ -25,8 +26,13 @@ LEAST_WORDS = 30
 
 
 def leading_bos(model: Any, tokenizer: Any, choice: str = "auto") -> int | None:
-    """The id to begin every sequence with, or None. `choice`: `always`, `never`, or `auto`, which tries."""
+    """The id to begin every sequence with, or None. `choice`: `always`, `never`, or `auto`, which tries.
+
+    Raises InputError for `always` where the tokenizer has none.
+    """
     bos = tokenizer.bos_token_id
+    if choice == "always" and bos is None:
+        raise InputError("--bos always: this tokenizer has no BOS token; say --bos never, or leave it out")
     if choice == "never" or bos is None:
         return None
     if choice == "always":

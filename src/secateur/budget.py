@@ -145,7 +145,7 @@ class Budget:
         weight_CN = torch.zeros(len(self.names), len(value_N), device=value_N.device)
         weight_CN[self.constraint_M, self.unit_M] = self.weight_M
         price_C = prices(value_N, weight_CN, self.target_C) if len(self.names) > 1 else torch.ones_like(self.target_C)
-        cost_N = price_C @ weight_CN
+        cost_N = (price_C[:, None] * weight_CN).sum(0)  # autocast would round a matrix product
         cost_N = cost_N.clamp(min=1e-6 * float(cost_N.max()))  # some may cost nothing
         return value_N / cost_N if self.sublayers is None else self.sublayers.worth(value_N, cost_N)
 

@@ -236,7 +236,7 @@ def model_card(
 ) -> str:
     """README.md of the exported checkpoint: what was done, with which data, and the figures as far as known.
 
-    `updates` is what was done to its weights after pruning (updates.py), `kinds` what its units are.
+    `updates` is what was done to its weights after pruning, in words (`update_words`), `kinds` what its units are.
     `own_code`: transformers lacks the model, whose file is in the checkpoint. `stock`: its widths turned out equal.
     `steps`: that its gates were learned in, if not those of the settings: sizes of a sweep share these.
     """
@@ -263,7 +263,7 @@ def model_card(
         f"{rounding.kept:.2%} of the parameters in {_units(kinds)}{outside(config.keep)} were kept, "
         f"{_found(config.method)}. {widths}", "", "```python", "from transformers import AutoModelForCausalLM",
         f'model = AutoModelForCausalLM.from_pretrained("PATH"{code})', "```", "", "## How it was made", "",
-        f"- base model: `{name}`; {_weights(config, updates)}",
+        f"- base model: `{name}`; {_weights(updates)}",
     ]  # fmt: skip
     if config.method in ONE_SHOT:
         lines += [f"- method: `{config.method}`, one budget per {config.per}, seed {config.seed}"]
@@ -304,20 +304,22 @@ def model_card(
     return "\n".join(lines)
 
 
-def _weights(config: Config, updates: Sequence[str]) -> str:
+def update_words(updates: Sequence[str], steps: Sequence[int]) -> list[str]:
+    """What was done to the weights that were kept, in words; `steps` are those of each recovery, if they are known."""
+    done = {
+        "refit": "the output projections were solved anew, in closed form, for the dense model's outputs",
+        "recover-lora": "low-rank updates were trained with the dense model as teacher{}, and merged",
+        "recover-full": "the weights of the layers were trained with the dense model as teacher{}",
+    }
+    known = iter([f" ({count} steps on the calibration tokens)" for count in steps])
+    return [done[u].format(next(known, "") if u.startswith("recover") else "") for u in updates]
+
+
+def _weights(updates: Sequence[str]) -> str:
     """What became of the weights that were kept."""
     if not updates:
         return "its weights were frozen, nothing was fine-tuned"
-    done = {
-        "refit": "the output projections were solved anew, in closed form, for the dense model's outputs",
-        "recover-lora": "low-rank updates were trained with the dense model as teacher, and merged",
-        "recover-full": "the weights of the layers were trained with the dense model as teacher",
-    }
-    steps = config.recover_steps or config.steps
-    spent = f" ({steps} steps on the calibration tokens)" if any(u.startswith("recover") for u in updates) else ""
-    return (
-        f"its weights were frozen while units were chosen; afterwards {', then '.join(done[u] for u in updates)}{spent}"
-    )
+    return f"its weights were frozen while units were chosen; afterwards {', then '.join(updates)}"
 
 
 def asked(config: Config) -> str:

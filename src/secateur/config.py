@@ -170,9 +170,9 @@ class Config:
     """What `eval_data` is joined from: `raw`, text files as they are; `lines`, every line a row, rows joined by a blank
     line: the papers' WikiText-2 protocol for the raw file. Rows of other files are joined by a blank line always."""
     eval_windows: int = 20
-    """Windows of evaluation text, non-overlapping, from its start; 0 takes all of it."""
+    """Windows of `eval_data`, non-overlapping, from its start; 0 takes all of it."""
     eval_length: int = 512
-    """Tokens a window."""
+    """Tokens a window of `eval_data`."""
     tasks: tuple[str, ...] = ()
     """Zero-shot tasks for the final table: names of lm-eval's tasks, or files of items (.jsonl; .gz, .zst)."""
     task_limit: int | None = None
@@ -284,7 +284,8 @@ class Config:
         """Raises InputError for settings of learning where nothing is learned."""
         if self.method not in ONE_SHOT:
             return
-        for name in ("lr", "kd_weight", "kd_temperature", "measure_every", "guard"):
+        of_recovery = () if self.recover else ("kd_weight", "kd_temperature", "guard")
+        for name in ("lr", "measure_every", *of_recovery):
             if getattr(self, name):
                 option = f"--{name.replace('_', '-')}"
                 raise InputError(f"{option} is a setting of learning, and --method {self.method} learns nothing")

@@ -15,13 +15,14 @@ import torch
 from rich.table import Table
 
 from secateur.export import export
+from secateur.exported import checked_export
 from secateur.files import InputError, scratch_folder, write_json
 from secateur.gguf_file import Written, write_gguf
 from secateur.load import Loaded
 from secateur.plan import Plan
 from secateur.runtimes import Agreement, compare
 from secateur.session import Session
-from secateur.stages import VerificationFailed, checked_export, export_stage
+from secateur.stages import VerificationFailed, export_stage
 from secateur.updates import updates_of
 
 PROMPT_TOKENS = 32

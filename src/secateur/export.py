@@ -64,7 +64,7 @@ def export(
     Raises InputError when the plan's widths cannot be said in the shape it asks for.
     """
     stock, stock_base = _stock_classes(model)
-    values = _config_values(model.config, description, dtype or model.dtype, base_model)
+    values = _config_values(model.config, description, dtype or model.dtype, base_model, plan)
     ragged = _ragged(values, description, plan)
     if plan.policy.uniform and plan.means is not None:
         raise InputError("a uniform shape has no place for the biases that stand for removed units; use --shape ragged")
@@ -96,9 +96,9 @@ def export(
 
 
 def _config_values(
-    config: PreTrainedConfig, description: Description, dtype: torch.dtype, base_model: str | None
+    config: PreTrainedConfig, description: Description, dtype: torch.dtype, base_model: str | None, plan: Plan
 ) -> dict[str, Any]:
-    """What config.json says of the unpruned model, with the head size spelled out."""
+    """What config.json says of the unpruned model, with the head size spelled out, and by which plan it is cut."""
     config = copy.deepcopy(config)
     check_unquantised(config)
     if hasattr(config, "quantization_config"):
@@ -109,7 +109,8 @@ def _config_values(
     if any(group.attends for group in description.groups):
         values["head_dim"] = head_dim(config)
     earlier = values.get("secateur", {"base_model": base_model, "closed": {}})
-    return values | {"secateur": {"format": EXPORT_FORMAT, **earlier}}
+    earlier = {key: value for key, value in earlier.items() if key not in ("updates", "recovery_steps")}
+    return values | {"secateur": {"format": EXPORT_FORMAT, **earlier, "plan": plan.digest}}
 
 
 def _ragged(values: dict[str, Any], description: Description, plan: Plan) -> dict[str, Any]:

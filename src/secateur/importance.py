@@ -116,7 +116,8 @@ def wanda_sp(model: PreTrainedModel, groups: Groups, ids_NT: torch.Tensor, limit
         read(model, ids_NT, on_row)
     for group in groups:
         if group.experts:
-            parts.append((usage[group.name].squares_EC.sqrt() * column_norms(model, group, 1)).flatten())
+            size_EC = (usage[group.name].squares_EC / ids_NT.numel()).sqrt()  # over all tokens, as for other units
+            parts.append((size_EC * column_norms(model, group, 1)).flatten())
             continue
         m = moments[group.name]
         size_I = (m.squares_I / m.count + m.mean_I.square()).sqrt()
@@ -247,3 +248,6 @@ ONE_SHOT: dict[str, Callable[..., Scores]] = {
     **{method: partial(of_experts, method=method) for method in EXPERT_SCORES},
 }
 """`--method` → its scores."""
+
+DIFFERENTIATED = ("sensitivity", "taylor-element", "taylor-vector")
+"""Those that go backwards through the model, too."""

@@ -116,9 +116,9 @@ def prices(value_N: torch.Tensor, weight_CN: torch.Tensor, target_C: torch.Tenso
     """
     price_C = torch.full_like(target_C, float(value_N.sum()))
     mean_C = torch.zeros_like(price_C)
-    for step in range(ROUNDS):
-        kept_N = value_N > price_C @ weight_CN
-        used_C = weight_CN @ kept_N.float()
+    for step in range(ROUNDS):  # without matrix products, which autocast would round
+        kept_N = value_N > (price_C[:, None] * weight_CN).sum(0)
+        used_C = weight_CN[:, kept_N].sum(1)
         price_C = price_C * torch.exp((used_C - target_C) * (8.0 / (1 + step) ** 0.5))
         mean_C = mean_C + price_C / ROUNDS if step * 2 >= ROUNDS else mean_C
     return mean_C

@@ -21,7 +21,7 @@ from secateur.costs import Bound, bounds_of
 from secateur.export import buffers
 from secateur.files import InputError
 from secateur.gates import Gates, save_gates
-from secateur.importance import ONE_SHOT
+from secateur.importance import DIFFERENTIATED, ONE_SHOT
 from secateur.learn import LearningDiverged, Start, learn
 from secateur.load import autocast, load, pick_device
 from secateur.offloaded import is_offloaded
@@ -131,7 +131,7 @@ def _score(session: Session, limits: Budget, about: dict[str, Any]) -> Gates:
     def on_row(row: int) -> None:
         session.progress.measured(row, len(ids_NT))
 
-    with recomputing(loaded.model, c.gradient_checkpointing and c.method == "sensitivity"):
+    with recomputing(loaded.model, c.gradient_checkpointing and c.method in DIFFERENTIATED):
         scores = score_units(loaded.model, groups, ids_NT, limits.to(device), on_row)
     score_N = scores.score_N.cpu()
     if not torch.isfinite(score_N).all():

@@ -82,7 +82,9 @@ def distillation(
     def kl_of(part: slice, student: Softened) -> tuple[torch.Tensor, torch.Tensor]:
         teacher = softened(teacher_RV[part], temperature)
         apart_RV = teacher.logits_RV - student.logits_RV
-        kl_R1 = torch.linalg.vecdot(teacher.p_RV, apart_RV)[:, None] + student.log_total_R1 - teacher.log_total_R1
+        with torch.autocast(apart_RV.device.type, enabled=False):  # which rounds products of vectors, too
+            logits_apart_R = torch.linalg.vecdot(teacher.p_RV, apart_RV)
+        kl_R1 = logits_apart_R[:, None] + student.log_total_R1 - teacher.log_total_R1
         return kl_R1, torch.sub(student.p_RV, teacher.p_RV, out=apart_RV)
 
     return _in_cache(student_RV, labels_R, weight_R, kd_weight, temperature, kl_of)
@@ -185,7 +187,7 @@ class KeptWords(NamedTuple):
 
     def mean(self, values_R: torch.Tensor, ids_BT: torch.Tensor) -> float:
         """The mean of something over predicted positions."""
-        return float(values_R @ _labels(ids_BT)[1])
+        return float((values_R * _labels(ids_BT)[1]).sum())
 
 
 def kept_distillation(

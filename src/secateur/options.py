@@ -185,9 +185,9 @@ class Eval(OnRun):
     eval_join: Literal["raw", "lines"] | None = None
     """`raw`: text files as they are; `lines`: the papers' WikiText-2 protocol (default: the run's)."""
     eval_windows: int | None = None
-    """Windows of evaluation text, 0 for all of it (default: the run's)."""
+    """Windows of `--eval-data`, 0 for all of it (default: the run's)."""
     eval_length: int | None = None
-    """Tokens a window (default: the run's)."""
+    """Tokens a window of `--eval-data` (default: the run's)."""
     tasks: tuple[str, ...] = ()
     """Zero-shot tasks: names of lm-eval's tasks, or files of items (.jsonl; .gz, .zst) (default: the run's)."""
     task_limit: int | None = None

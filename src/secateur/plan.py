@@ -4,6 +4,7 @@ Serves `secateur plan RUN`, which writes RUN/plan.json. The kept set is the larg
 Where a run arrives at its budget by itself, that set is the set of open gates and the policy has nothing to decide.
 """
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -43,6 +44,14 @@ class Plan:
     def policy(self) -> Policy:
         """The shape, read."""
         return policy_of(self.shape)
+
+    @property
+    def digest(self) -> str:
+        """What tells it from other plans: of its shape, what is kept, and the values."""
+        found = hashlib.sha256(self.shape.encode())
+        for name in sorted(self.kept):
+            found.update(f"{name} {self.kept[name].tolist()} {self.scales[name].tolist()}".encode())
+        return found.hexdigest()[:16]
 
     def pack(self, group: Group) -> Packed:
         """How the channels of a group of experts are stored."""

@@ -23,14 +23,14 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import save
 
 from secateur.card import human, public_name
+from secateur.exported import checked_export
 from secateur.files import InputError
 from secateur.gates import read_gates
 from secateur.guard import read_guards
 from secateur.report.files import Evaluation, Plan, checked, evaluation, verification
 from secateur.run import Run
-from secateur.stages import checked_export
 from secateur.text import one_line
-from secateur.updates import updates_of
+from secateur.updates import refitted, updates_of
 
 Content = Path | bytes
 """A file as it is, or what is sent in its place."""
@@ -92,10 +92,11 @@ def check_finished(run: Run) -> None:
         raise InputError(f"{model} is not verified; run `secateur verify {run.folder}` first")
     if not (verification(run.verify) or {"passed": False})["passed"]:
         raise InputError(f"{model} failed verification (see {run.verify}); it is not pushed")
-    updates = updates_of(model)
-    wanted = ["refit"] * run.config.refit + ([f"recover-{run.config.recover}"] if run.config.recover else [])
-    if missing := [update for update in wanted if update not in updates]:
-        raise InputError(f"{run.folder} stopped half-way, before {missing[0]}; {again}")
+    recovery = f"recover-{run.config.recover}"
+    if run.config.refit and not refitted(model, run.refit):
+        raise InputError(f"{run.folder} stopped half-way, before refit; {again}")
+    if run.config.recover and recovery not in updates_of(model):
+        raise InputError(f"{run.folder} stopped half-way, before {recovery}; {again}")
     if not run.eval.exists() or not run.plan.exists():
         missing = [path.name for path in (run.plan, run.eval) if not path.exists()]
         raise InputError(f"{run.folder} stopped half-way, it has no {missing[0]} yet; {again}")

@@ -72,12 +72,14 @@ def recover(
     calibration_NT: Tensor,
     settings: Recovery,
     *,
+    micro_batch_size: int | None = None,
     checkpoints: Checkpoints | None = None,
     on_step: Callable[[RecoveryStep], None] = lambda _: None,
 ) -> dict[str, Tensor]:
     """Trains `student`, the exported model, whose decoder layers are at `layers`; its new weights by parameter name.
 
-    calibration_NT: steps × batch_size rows of token ids, used in their order. The student is used up. With
+    calibration_NT: steps × batch_size rows of token ids, used in their order, `micro_batch_size` of them at once, into
+    which batches divide evenly (None: the batch). The student is used up. With
     `checkpoints`, states are saved there, also when interrupted; a run that finds one goes on from it to bit-identical
     weights. Raises InputError when the loss is not finite, or when PEFT is missing.
     """
@@ -94,17 +96,23 @@ def recover(
             done = found.step
             with checkpoints.restoring():
                 _restore(found.tensors, weights, adam)
+
+        def losses(ids_BT: Tensor, of: int) -> Tensor:
+            """Goes backwards through one of so many parts; its share of the loss, its cross-entropy and KL."""
+            with torch.no_grad():
+                teacher_BTD = dense.hidden(ids_BT)
+            found = distillation_loss(
+                pruned.hidden(ids_BT), teacher_BTD, ids_BT, settings.kd_weight, settings.kd_temperature,
+                pruned.head, dense.head,
+            )  # fmt: skip
+            (found[0] / (of * (1.0 + settings.kd_weight))).backward()
+            return torch.stack([part.detach() for part in found]) / of
+
         try:
             while done < settings.steps:
-                ids_BT = batches[done].to(device)
-                with torch.no_grad():
-                    teacher_BTD = dense.hidden(ids_BT)
-                student_BTD = pruned.hidden(ids_BT)
-                loss, ce, kl = distillation_loss(
-                    student_BTD, teacher_BTD, ids_BT, settings.kd_weight, settings.kd_temperature,
-                    pruned.head, dense.head,
-                )  # fmt: skip
-                (loss / (1.0 + settings.kd_weight)).backward()
+                parts = batches[done].to(device).split(micro_batch_size or settings.batch_size)
+                losses_P3 = [losses(ids_BT, len(parts)) for ids_BT in parts]
+                loss, ce, kl = torch.stack(losses_P3).sum(0)
                 norm = nn.utils.clip_grad_norm_(weights.values(), LARGEST_GRADIENT)
                 if not (torch.isfinite(loss) and torch.isfinite(norm)):
                     raise InputError(

@@ -108,8 +108,11 @@ class Equations:
         self.tokens += len(x_RI)
 
     def update(self, weight_OI: Tensor, bias_O: Tensor | None, ridge: float) -> Tensor:
-        """ΔW of the pruned writer, shape (O, I); inputs that were never active stay out of it."""
-        weight_OI = weight_OI.detach().float()
+        """ΔW of the pruned writer, shape (O, I), in float32; inputs that were never active stay out of it."""
+        with torch.autocast(self.xx_II.device.type, enabled=False):  # sums that are nearly equal are subtracted
+            return self._update(weight_OI.detach().float(), bias_O, ridge)
+
+    def _update(self, weight_OI: Tensor, bias_O: Tensor | None, ridge: float) -> Tensor:
         lacking_OI = self.yx_OI - weight_OI @ self.xx_II  # Σ e xᵀ
         if bias_O is not None:
             lacking_OI = lacking_OI - bias_O.detach().float()[:, None] * self.x_I
@@ -188,7 +191,8 @@ def _seeing(module: Any, equations: Mapping[int, Equations]) -> Inside:
     def inside(e: int, x_TC: Tensor, routing_T1: Tensor) -> Tensor:
         if e in equations:
             x = (x_TC * routing_T1).float()
-            equations[e].see(x, x @ down_projection(module, e).T)
+            with torch.autocast(x.device.type, enabled=False):
+                equations[e].see(x, x @ down_projection(module, e).float().T)
         return x_TC
 
     return inside

@@ -13,13 +13,13 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from secateur.card import asked, human, protocol, summary, warnings
 from secateur.describe import Description, Refusal
+from secateur.exported import checked_export, planned
 from secateur.gates import Gates, load_gates
 from secateur.inspection import COLUMNS, title, unit_rows
 from secateur.load import read_export
 from secateur.plan import Plan
 from secateur.run import Run
 from secateur.session import Session
-from secateur.stages import checked_export, planned
 
 
 @dataclass(frozen=True)

@@ -82,13 +82,18 @@ class Session:
     def loaded(self) -> Loaded:
         """The dense model."""
         c = self.config
-        guards = {guard.data for guard in read_guards(c.guard)}
-        for data in {c.data, c.eval_data, *guards} - {SELF, None}:
+        for data in self._texts_to_read() - {SELF, None}:
             local_files(str(data))  # a wrong path shows before a large model is loaded
         with self.timed("load"):
             layers_on = None if self.offload else self.layers_on
             folder = self._scratch / "dense" if layers_on else self.offload
             return load(c.model, c.device, c.dtype, c.trust_remote_code, folder, self.described, layers_on, c.shard)
+
+    def _texts_to_read(self) -> set[str | None]:
+        """Those whose tokens are not in the run yet: it goes on whatever has become of the others."""
+        c, run = self.config, self.run
+        guards = {guard.data for n, guard in enumerate(read_guards(c.guard)) if not run.guard(n).exists()}
+        return guards | ({c.eval_data} if self.learning else set()) | (set() if run.data.exists() else {c.data})
 
     @property
     def layers_on(self) -> str | None:
@@ -240,6 +245,15 @@ class Session:
         """Windows to measure perplexity on, the name of their text, and how its documents are joined."""
         c = self.config
         if c.eval_data is None:
+            if (c.eval_join, c.eval_windows, c.eval_length) != (
+                Config.eval_join,
+                Config.eval_windows,
+                Config.eval_length,
+            ):
+                raise InputError(
+                    "--eval-join, --eval-windows and --eval-length are of another text's windows: held-out text is "
+                    "measured in the sequences that it was cut into; name a text by --eval-data, or leave them out"
+                )
             rows_NT = self.blocks.held_out_NT
             return rows_NT, f"{HELD_OUT}{c.data}", "packed"
         characters = c.eval_windows * c.eval_length * 12 or None

@@ -3,11 +3,9 @@
 `remaining_stages` is all of them in a row with the model loaded once. The command line only parses and prints.
 """
 
-import gc
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,18 +13,17 @@ from transformers import PreTrainedModel
 
 from secateur.attach import compensation
 from secateur.budget import everything, figures
-from secateur.card import model_card, public_name
+from secateur.card import model_card, public_name, update_words
 from secateur.evaluate import compared
 from secateur.export import as_shipped, export
+from secateur.exported import check_plan, check_shapes, load_export, plan_of
 from secateur.families import FAMILIES
 from secateur.files import InputError, write_json, write_text
 from secateur.gates import Gates, load_gates, save_gates
 from secateur.learn import learn
-from secateur.load import read_export
 from secateur.methods import budget_of, find_gates
 from secateur.overlap import overlap
-from secateur.own_code import check_code
-from secateur.plan import Plan, Rounding, load_plan, save_plan
+from secateur.plan import Plan, Rounding, save_plan
 from secateur.planning import HeldOutLoss, against_ragged, figures_of, plan_for, remembered
 from secateur.planning import compare_shapes as compare_shapes
 from secateur.policy import policy_of
@@ -37,9 +34,10 @@ from secateur.report.files import checked, evaluation, verification
 from secateur.run import Run, recorded, versions
 from secateur.samples import samples
 from secateur.session import Session
-from secateur.slicing import fold, pruned_shapes
+from secateur.slicing import fold
+from secateur.text import local_files
 from secateur.units import Group
-from secateur.updates import rewrite_weights, updates_of
+from secateur.updates import recovery_steps, refitted, rewrite_weights, updates_of
 from secateur.verify import Comparison, verified
 
 VERIFIED_ROWS = 4
@@ -80,23 +78,13 @@ def plan_beside_ragged(session: Session, shape: str | None = None) -> tuple[Roun
     return rounding, against_ragged(session, plan, rounding, held_out_loss)
 
 
-def planned(run: Run, groups: Sequence[Group], architecture: str) -> tuple[Plan, Rounding]:
-    """The plan of a run, with what removed units give way to."""
-    plan, rounding = load_plan(run.plan, groups, architecture)
-    return replace(plan, means=load_gates(run.gates, groups, architecture).means), rounding
-
-
-def _planned(session: Session) -> tuple[Plan, Rounding]:
-    return planned(session.run, session.description.groups, session.architecture)
-
-
 def export_stage(session: Session, shape: str | None = None) -> None:
     """Writes the pruned checkpoint, RUN/model; plans anew first when a shape is asked for that the plan has not.
 
     A dense model that is not loaded yet is not loaded for it: its weights stay in their files (`Session.on_disk`).
     """
     shape = None if shape is None else str(policy_of(shape))
-    plan, rounding = _planned(session)
+    plan, rounding = plan_of(session)
     if shape not in (None, plan.shape):
         if session.low_memory:
             again = f"secateur plan {session.run.folder} --shape {shape}"
@@ -136,25 +124,6 @@ def _about(session: Session, stock: bool) -> tuple[frozenset[str], bool, bool, i
     return loaded.description.kinds, loaded.model.config.model_type in FAMILIES, stock, session.learned_steps
 
 
-def checked_export(run: Run) -> Path:
-    """Folder of the export. Raises InputError when there is none, or it failed verification."""
-    if not run.model.is_dir():
-        reason = f"failed verification (see {run.verify})" if run.failed_model.is_dir() else "is missing"
-        raise InputError(f"{run.model} {reason}; run `secateur export {run.folder}`")
-    check_code(run.model)
-    return run.model
-
-
-def load_export(session: Session, dtype: torch.dtype) -> PreTrainedModel:
-    """The exported model as its user loads it; the code it runs is Secateur's own modelling file."""
-    folder = checked_export(session.run)
-    device = next(session.loaded.model.parameters()).device
-    gc.collect()  # an earlier one with offloaded weights, which accelerate's hooks tie to itself
-    if placed := session.export_placed(device):
-        return read_export(folder, dtype, **placed)
-    return read_export(folder, dtype).to(device)
-
-
 def verify_stage(session: Session) -> list[Comparison]:
     """Compares gated and exported logits: RUN/verify.json. Raises VerificationFailed after setting the export aside."""
     run, loaded = session.run, session.loaded
@@ -163,16 +132,15 @@ def verify_stage(session: Session) -> list[Comparison]:
             f"{run.model} has other weights than the gated model ({', '.join(updates)}), so they cannot be compared; "
             f"it was verified before. To verify anew, run `secateur export {run.folder}` first"
         )
-    plan, _ = _planned(session)
+    plan, _ = plan_of(session)
+    check_plan(run, plan)
     groups, model, own = loaded.description.groups, loaded.model, loaded.checkpoint_dtype
     gates = {name: gate.to(next(model.parameters()).device) for name, gate in plan.gates(groups).items()}
     biases = compensation(model, groups, gates, plan.means)
     ids_NT = session.blocks.held_out_NT[:VERIFIED_ROWS]
     with session.timed("verify"):
         exported = load_export(session, torch.float32)
-        shapes = {name: tuple(p.shape) for name, p in exported.named_parameters()}
-        if shapes != pruned_shapes(loaded.description, plan):
-            raise InputError(f"{run.model} was exported from another plan; run `secateur export {run.folder}` first")
+        check_shapes(run, exported, loaded.description, plan)
         comparisons = verified(model, exported, groups, gates, biases, own, ids_NT)
         passed = all(c.passed for c in comparisons)
         write_json(run.verify, {"passed": passed, "comparisons": [asdict(c) for c in comparisons]})
@@ -196,15 +164,18 @@ def refit_stage(session: Session) -> list[Refit]:
     run, c, loaded = session.run, session.config, session.loaded
     if not c.steps:
         raise InputError("this run took --steps 0, so it has no calibration text to refit on")
-    plan, _rounding = _planned(session)
+    plan, _rounding = plan_of(session)
+    check_plan(run, plan)
     groups, blocks = kept_groups(loaded.description.groups, plan), session.blocks
     student = load_export(session, next(loaded.model.parameters()).dtype)
+    check_shapes(run, student, loaded.description, plan)
     rows = (c.refit_tokens or c.steps * c.batch_size * c.seq_len // 8) // c.seq_len
     rows_NT = blocks.calibration_NT[: max(1, rows)]
     tensors: dict[str, torch.Tensor] = {}
     done: list[Refit] = []
-    with session.timed("refit"), session.autocast():
-        equations = normal_equations(loaded.model, loaded.description.groups, plan, rows_NT)
+    with session.timed("refit"):
+        with session.autocast():
+            equations = normal_equations(loaded.model, loaded.description.groups, plan, rows_NT)
         for number in range(c.refit_rounds):
             regated = _regated(session, student, groups) if number else {}
             weights, result = refit(student, equations, blocks.held_out_NT)
@@ -217,7 +188,8 @@ def refit_stage(session: Session) -> list[Refit]:
             tensors |= regated | weights
             done.append(result)
         write_json(run.refit, [asdict(result) for result in done])  # first: the model says that it is there
-        _update(session, dict(as_shipped(student, tensors.items())), "refit")
+        if tensors:
+            _update(session, dict(as_shipped(student, tensors.items())), "refit")
     return done
 
 
@@ -227,18 +199,21 @@ def _regated(session: Session, student: PreTrainedModel, groups: Sequence[Group]
     assert c.learning is not None
     steps = max(1, c.steps // 10)
     recipe = replace(c.learning, settle=1.0, sensitivity_batches=min(steps, c.learning.sensitivity_batches))
-    learned = learn(
-        student,
-        tuple(groups),
-        blocks.calibration_NT[-steps * c.batch_size :],
-        blocks.held_out_NT,
-        everything(groups),
-        recipe,
-        steps=steps,
-        batch_size=c.batch_size,
-        seed=c.seed,
-        teacher=session.loaded.model,
-    )
+    with session.autocast():
+        learned = learn(
+            student,
+            tuple(groups),
+            blocks.calibration_NT[-steps * c.batch_size :],
+            blocks.held_out_NT,
+            everything(groups),
+            recipe,
+            steps=steps,
+            batch_size=c.batch_size,
+            micro_batch_size=c.micro_batch_size,
+            gradient_checkpointing=c.gradient_checkpointing,
+            seed=c.seed,
+            teacher=session.loaded.model,
+        )
     weights = {}
     for group, gate_K in zip(groups, learned.value_N.split([g.units for g in groups]), strict=True):
         weight = student.get_parameter(group.writer)
@@ -257,6 +232,8 @@ def recover_stage(session: Session) -> list[str]:
     assert c.learning is not None
     if session.recovered_before():
         return updates_of(run.model)
+    plan, _rounding = plan_of(session)
+    check_plan(run, plan)
     steps = c.recover_steps or c.steps
     settings = Recovery(
         c.recover, steps, c.batch_size, c.recover_lr or LR[c.recover], c.recover_rank, c.learning.kd_weight,
@@ -265,6 +242,7 @@ def recover_stage(session: Session) -> list[str]:
     own = torch.float32 if c.recover == "full" else next(loaded.model.parameters()).dtype
     rows_NT = session.rows_in_turn(steps)
     student = load_export(session, own)
+    check_shapes(run, student, loaded.description, plan)
     checkpoints = session.checkpoints(run.recovery)
     with (
         session.timed("recover"),
@@ -277,32 +255,38 @@ def recover_stage(session: Session) -> list[str]:
             loaded.description.layers,
             rows_NT,
             settings,
+            micro_batch_size=c.micro_batch_size,
             checkpoints=checkpoints,
             on_step=on_step,
         )
-        _update(session, dict(as_shipped(student, tensors.items())), f"recover-{c.recover}")
+        _update(session, dict(as_shipped(student, tensors.items())), f"recover-{c.recover}", steps)
     checkpoints.discard()
     return updates_of(run.model)
 
 
-def _update(session: Session, tensors: Mapping[str, torch.Tensor], update: str) -> None:
+def _update(session: Session, tensors: Mapping[str, torch.Tensor], update: str, steps: int | None = None) -> None:
     """Puts other weights into the export, and says so in its card; figures of the earlier weights go."""
-    run, (plan, rounding) = session.run, _planned(session)
-    updates = [*updates_of(run.model), update]
+    run, (plan, rounding) = session.run, plan_of(session)
+    done = update_words([*updates_of(run.model), update], [*recovery_steps(run.model), *([steps] if steps else [])])
     about = _about(session, _is_stock(run))
-    card = model_card(session.config, plan.shape, rounding, None, None, updates, *about)
-    rewrite_weights(run.model, tensors, update, {"README.md": card}, outdated=(run.eval, *run.converted()))
+    card = model_card(session.config, plan.shape, rounding, None, None, done, *about)
+    rewrite_weights(run.model, tensors, update, {"README.md": card}, (run.eval, *run.converted()), steps)
 
 
 def eval_stage(session: Session) -> dict[str, Any]:
     """Perplexity and exact sizes, dense against pruned: RUN/eval.json, and the figures into the model card."""
     tasks = session.tasks  # before the model is loaded: a name may be wrong
-    run, c, loaded = session.run, session.config, session.loaded
-    plan, rounding = _planned(session)
+    run, c = session.run, session.config
+    if c.eval_data is not None:
+        local_files(c.eval_data)
+    loaded = session.loaded
+    plan, rounding = plan_of(session)
+    check_plan(run, plan)
     description = loaded.description
     ids_NT, text, join = session.evaluation_windows
     with session.timed("eval"):
         exported = load_export(session, next(loaded.model.parameters()).dtype)
+        check_shapes(run, exported, description, plan)
         bytes_per_value = loaded.checkpoint_dtype.itemsize
         quality = compared(loaded.model, exported, ids_NT)
         dense = asdict(figures(description, None, bytes_per_value)) | quality.pop("dense")
@@ -311,14 +295,12 @@ def eval_stage(session: Session) -> dict[str, Any]:
         dense["disk_bytes"] = dense["parameters"] * bytes_per_value
         pruned["disk_bytes"] = sum(f.stat().st_size for f in run.model.glob("*.safetensors"))
         guards = session.guard_losses(exported)
-        counted = sum(p.numel() for p in exported.parameters())
-        assert counted == pruned["parameters"], f"the export has {counted} parameters, {pruned['parameters']} planned"
         quality["samples"] = samples(loaded.model, exported, loaded.tokenizer, ids_NT)
     gates = load_gates(run.gates, description.groups, session.architecture)
     results: dict[str, Any] = {"method": c.method, "keep": list(c.keep), "text": text, "dense": dense, "pruned": pruned}
     results["rounding"] = asdict(rounding)
     results["updates"] = updates_of(run.model)
-    if "refit" in results["updates"]:
+    if run.refit.exists():
         results["refit"] = checked(run.refit, list[files.Refit], f"secateur refit {run.folder}")
     other = gates.asked != (c.sparsity, c.budget)  # size than gates were learned for
     results |= {"fixing": None if other else gates.about.get("fixing"), "other_size": other}
@@ -334,7 +316,8 @@ def eval_stage(session: Session) -> dict[str, Any]:
         results["overlap"] = overlap(learned_from, ids_NT, tasks, loaded.tokenizer)
     results["seconds"] = checked(run.timings, dict[str, float], "secateur prune")
     about = _about(session, _is_stock(run))
-    card = model_card(c, plan.shape, rounding, results, verification(run.verify), results["updates"], *about)
+    done = update_words(results["updates"], recovery_steps(run.model))
+    card = model_card(c, plan.shape, rounding, results, verification(run.verify), done, *about)
     write_text(run.model / "README.md", card)
     session.progress.evaluated(results)
     write_json(run.eval, results)  # last: where it is, all is done
@@ -364,7 +347,7 @@ def remaining_stages(session: Session) -> dict[str, Any]:
         is_verified = False
     if not is_verified:
         verify_stage(session)
-    if run.config.refit and "refit" not in updates_of(run.model):
+    if run.config.refit and not refitted(run.model, run.refit):
         refit_stage(session)
     if run.config.recover and f"recover-{run.config.recover}" not in updates_of(run.model):
         recover_stage(session)

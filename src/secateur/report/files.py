@@ -183,6 +183,9 @@ class Exported(TypedDict, total=False):
     """What config.json of an export says of it."""
 
     updates: list[str]
+    recovery_steps: list[int]
+    plan: str
+    """Digest of the plan that it was cut by."""
 
 
 class ExportedConfig(TypedDict, total=False):

@@ -22,7 +22,7 @@ from secateur.gates import read_gates
 from secateur.recipes import ONE_SHOT
 from secateur.report import files
 from secateur.run import Run, open_run
-from secateur.updates import updates_of
+from secateur.updates import refitted, updates_of
 
 Array = NDArray[Any]
 
@@ -246,9 +246,9 @@ def _read_units(record: Record, plan: dict[str, Any] | None) -> None:
 
 def _stages(record: Record) -> list[Stage]:
     run, c = record.run, record.run.config
-    updates: list[str] = []
+    updates, refit_done = list[str](), False
     try:
-        updates = updates_of(run.model)
+        updates, refit_done = updates_of(run.model), refitted(run.model, run.refit)
     except InputError as error:
         record.problems += [str(error)] * (str(error) not in record.problems)
     verified = record.verification is not None and record.verification["passed"]
@@ -259,7 +259,7 @@ def _stages(record: Record) -> list[Stage]:
         ("verify", "verify.json", "gated against exported logits", verified),
     ]
     if c.refit:
-        found.append(("refit", "model/", "output projections solved anew", "refit" in updates))
+        found.append(("refit", "model/", "output projections solved anew", refit_done))
     if c.recover:
         found.append(("recover", "model/", "what is left, trained", f"recover-{c.recover}" in updates))
     found.append(("eval", "eval.json", "perplexity, sizes, tasks", record.evaluation is not None))

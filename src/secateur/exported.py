@@ -1,0 +1,67 @@
+"""A run's plan and its export, read back: whether they are there, fit each other, and were not changed since.
+
+The stages that come after the export begin here.
+"""
+
+import gc
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from secateur.describe import Description
+from secateur.files import InputError
+from secateur.gates import load_gates
+from secateur.load import read_export
+from secateur.own_code import check_code
+from secateur.plan import Plan, Rounding, load_plan
+from secateur.report.files import ExportedConfig, checked
+from secateur.run import Run
+from secateur.session import Session
+from secateur.slicing import pruned_shapes
+from secateur.units import Group
+
+
+def planned(run: Run, groups: Sequence[Group], architecture: str) -> tuple[Plan, Rounding]:
+    """The plan of a run, with what removed units give way to."""
+    plan, rounding = load_plan(run.plan, groups, architecture)
+    return replace(plan, means=load_gates(run.gates, groups, architecture).means), rounding
+
+
+def plan_of(session: Session) -> tuple[Plan, Rounding]:
+    """The same of a session's run."""
+    return planned(session.run, session.description.groups, session.architecture)
+
+
+def checked_export(run: Run) -> Path:
+    """Folder of the export. Raises InputError when there is none, or it failed verification."""
+    if not run.model.is_dir():
+        reason = f"failed verification (see {run.verify})" if run.failed_model.is_dir() else "is missing"
+        raise InputError(f"{run.model} {reason}; run `secateur export {run.folder}`")
+    check_code(run.model)
+    return run.model
+
+
+def check_plan(run: Run, plan: Plan) -> None:
+    """Raises InputError where the export was cut by another plan; earlier versions did not say by which."""
+    config = checked(checked_export(run) / "config.json", ExportedConfig, f"secateur export {run.folder}")
+    if config.get("secateur", {}).get("plan", plan.digest) != plan.digest:
+        raise InputError(f"{run.model} was exported from another plan; run `secateur export {run.folder}` first")
+
+
+def check_shapes(run: Run, exported: PreTrainedModel, description: Description, plan: Plan) -> None:
+    """The same by the shapes of its weights."""
+    if {name: tuple(p.shape) for name, p in exported.named_parameters()} != pruned_shapes(description, plan):
+        raise InputError(f"{run.model} was exported from another plan; run `secateur export {run.folder}` first")
+
+
+def load_export(session: Session, dtype: torch.dtype) -> PreTrainedModel:
+    """The exported model as its user loads it; the code it runs is Secateur's own modelling file."""
+    folder = checked_export(session.run)
+    device = next(session.loaded.model.parameters()).device
+    gc.collect()  # an earlier one with offloaded weights, which accelerate's hooks tie to itself
+    if placed := session.export_placed(device):
+        return read_export(folder, dtype, **placed)
+    return read_export(folder, dtype).to(device)
