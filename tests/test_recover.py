@@ -225,6 +225,15 @@ def test_recover_reruns_alone_with_its_own_options(run, capsys):
     assert "(3 steps on the calibration tokens)" in card
 
 
+def test_what_was_trained_before_it_was_pruned_again_is_no_update_of_the_new_export(run, text, tmp_path):
+    assert secateur("recover", run, "--recover", "full", "--recover-steps", "2") == 0
+    arguments = prune_arguments(run / "model", text, tmp_path / "again", sparsity=0.2)
+    assert secateur(*arguments, "--trust-remote-code") == 0
+    own = json.loads((tmp_path / "again" / "model" / "config.json").read_text())["secateur"]
+    assert "updates" not in own and "recovery_steps" not in own
+    assert json.loads((tmp_path / "again" / "verify.json").read_text())["passed"]
+
+
 def test_a_new_export_is_not_recovered_from_the_state_of_an_earlier_one(run, monkeypatch):
     from secateur import stages
 
