@@ -245,11 +245,7 @@ class Session:
         """Windows to measure perplexity on, the name of their text, and how its documents are joined."""
         c = self.config
         if c.eval_data is None:
-            if (c.eval_join, c.eval_windows, c.eval_length) != (
-                Config.eval_join,
-                Config.eval_windows,
-                Config.eval_length,
-            ):
+            if any(getattr(c, name) != getattr(Config, name) for name in ("eval_join", "eval_windows", "eval_length")):
                 raise InputError(
                     "--eval-join, --eval-windows and --eval-length are of another text's windows: held-out text is "
                     "measured in the sequences that it was cut into; name a text by --eval-data, or leave them out"
