@@ -175,7 +175,7 @@ def test_cells_that_measure_once_are_those_that_would_measure_again():
     assert lora.learns_as == replace(lora, variant="once") and lora.recovery_tokens == lora.tokens
 
 
-@pytest.mark.parametrize("model", ["smollm2", "smollm2-moe", "another"])
+@pytest.mark.parametrize("model", ["smollm2", "smollm2-moe", "smollm2-moe-2", "another"])
 def test_cells_are_valid_settings_under_names_of_their_own(model):
     planned = cells_of(model)
     assert len({cell.id for cell in planned}) == len(planned)

@@ -23,6 +23,9 @@ STUDIED = "smollm2"
 MIXTURE = "smollm2-moe"
 """The mixture of experts that benchmarks/moe/upcycle.py makes: experts' channels, and baselines for them."""
 
+MIXTURE_AGAIN = "smollm2-moe-2"
+"""Another one, as each making of it differs: what measuring sensitivity again does to a mixture, both ways."""
+
 STEPS_25K, STEPS_100K, STEPS_400K = 50, 200, 800
 
 AFTERWARDS: dict[str, dict[str, Any]] = {
@@ -126,7 +129,7 @@ class Cell:
 def cells_of(model: str) -> tuple[Cell, ...]:
     """The cells of a model, first what tells most. A cell that is named twice runs once; one waits that needs a setting
     which this version has not."""
-    planned = {STUDIED: _study, MIXTURE: _mixture}.get(model, _main_rows)
+    planned = {STUDIED: _study, MIXTURE: _mixture, MIXTURE_AGAIN: _mixture_again}.get(model, _main_rows)
     cells = dict.fromkeys(planned(model))
     known = {field.name for field in fields(Config)}
     return tuple(cell for cell in cells if cell.settings.keys() <= known)
@@ -160,12 +163,16 @@ def _both_ways(cells: list[Cell]) -> list[Cell]:
     before is compared with `once`, and the main rows are there in both."""
     found = []
     for cell in cells:
-        again = Config(cell.model, **cell.settings).resolved().remeasured_rows(cell.sparsity) > 0
+        again = _measures_again(cell)
         if not again or _is_main(cell):
             found.append(cell)
         if again and not _is_later(cell):
             found.append(replace(cell, variant="+".join(("once", *cell.parts))))
     return found
+
+
+def _measures_again(cell: Cell) -> bool:
+    return Config(cell.model, **cell.settings).resolved().remeasured_rows(cell.sparsity) > 0
 
 
 def _is_main(cell: Cell) -> bool:
@@ -194,7 +201,12 @@ def _mixture(model: str) -> list[Cell]:
     cells = [Cell(model, m, s) for s, m in product(shares, ("deterministic", "sensitivity", *OF_EXPERTS))]
     cells += [Cell(model, "deterministic", s, variant=v) for v, s in product(("per-layer", "per-expert"), shares)]
     cells += [Cell(model, "deterministic", 0.4, variant=v) for v in ("uniform", "padded")]
-    return _both_ways(cells + [Cell(model, m, 0.4) for m in ("magnitude", "wanda-sp", "grasprune")])
+    cells += [Cell(model, m, 0.4) for m in ("magnitude", "wanda-sp", "grasprune")]
+    return [cell for cell in _both_ways(cells) if cell.measured_once or not _measures_again(cell)]
+
+
+def _mixture_again(model: str) -> list[Cell]:
+    return _both_ways([Cell(model, m, s) for s, m in product((0.4, 0.6), ("deterministic", "sensitivity"))])
 
 
 def _curve(method: str, sparsity: float) -> bool:
