@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from transformers.models.mistral.modeling_mistral import MistralMLP
 
 from runs import complaint, described, prune_arguments, random_tokens, secateur, small_llama
 from secateur.checkpoints import Checkpoints
@@ -88,6 +89,19 @@ def test_parts_of_a_batch_train_as_the_batch_does(folder, teacher, kind, monkeyp
     before = pruned(folder).state_dict()
     moved = sum((whole[name] - before[name]).norm() for name in whole)
     assert sum((whole[name] - parts[name]).norm() for name in whole) < 0.01 * moved
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_layers_are_computed_once_more_where_that_is_asked_for(folder, teacher, kind, monkeypatch):
+    forward, calls = MistralMLP.forward, []  # as which a ragged Llama is exported
+    monkeypatch.setattr(MistralMLP, "forward", lambda own, x: calls.append(torch.is_grad_enabled()) or forward(own, x))
+    settings, found, counted = replace(SETTINGS[kind], steps=2), [], []
+    for wanted in (False, True):
+        calls.clear()
+        found.append(run(folder, teacher, kind, settings, ROWS[:4], gradient_checkpointing=wanted))
+        counted.append(sum(calls))
+    assert counted[1] == 2 * counted[0] > 0
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])

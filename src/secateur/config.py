@@ -110,7 +110,7 @@ class Config:
     batch_size: int = 4
     """Sequences a step."""
     micro_batch_size: int | None = None
-    """Sequences that go through the model at once while gates are learned: less memory, the same gates but for
+    """Sequences that go through the model at once in learning and recovery: less memory, the same gates but for
     rounding. Several ranks take such micro-batches in turns, and with equal ones the gates are the same on any number
     of ranks. Default: the batch, or each rank's share of it."""
     seed: int = 0
@@ -198,7 +198,7 @@ class Config:
     --gradient-checkpointing. Planning, verification and evaluation leave the layers there, too, of both models; --refit
     and --recover change weights, which takes both in memory."""
     gradient_checkpointing: bool = False
-    """While gates are learned, compute layers once more in the backward pass instead of keeping what they computed:
+    """In learning and recovery, compute layers once more in the backward pass instead of keeping what they computed:
     less memory, more time, the same gates."""
     shard: bool = False
     """While gates are learned on several ranks, spread the weights of the layers over them (FSDP2), for models that one

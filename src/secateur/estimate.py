@@ -146,7 +146,7 @@ class Estimate:
         if c.recover:
             each = 16.0 if c.recover == "full" else size
             what = "the export's, gradients, moments" if c.recover == "full" else "the export's"
-            found["recover"] = weights | {what: each * self.kept} | self.step(c.batch_size, False)
+            found["recover"] = weights | {what: each * self.kept} | step
         found["eval"] = weights | {
             "the export's": size * kept,
             "a chunk of logits": step["a chunk of logits"],

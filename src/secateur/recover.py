@@ -23,6 +23,7 @@ from secateur.experts import is_fused, reader
 from secateur.files import InputError
 from secateur.interrupts import held_back
 from secateur.objective import distillation_loss
+from secateur.passes import recomputing
 from secateur.vocabulary import Vocabulary
 
 LR = {"lora": 3e-3, "full": 3e-4}
@@ -73,13 +74,15 @@ def recover(
     settings: Recovery,
     *,
     micro_batch_size: int | None = None,
+    gradient_checkpointing: bool = False,
     checkpoints: Checkpoints | None = None,
     on_step: Callable[[RecoveryStep], None] = lambda _: None,
 ) -> dict[str, Tensor]:
     """Trains `student`, the exported model, whose decoder layers are at `layers`; its new weights by parameter name.
 
     calibration_NT: steps × batch_size rows of token ids, used in their order, `micro_batch_size` of them at once, into
-    which batches divide evenly (None: the batch). The student is used up. With
+    which batches divide evenly (None: the batch). `gradient_checkpointing`: layers keep only their inputs for the
+    backward pass. The student is used up. With
     `checkpoints`, states are saved there, also when interrupted; a run that finds one goes on from it to bit-identical
     weights. Raises InputError when the loss is not finite, or when PEFT is missing.
     """
@@ -88,7 +91,10 @@ def recover(
     batches = calibration_NT.split(settings.batch_size)[: settings.steps]
     assert len(batches) == settings.steps, f"{settings.steps} steps need {settings.steps} batches, got {len(batches)}"
     dense, pruned = Vocabulary(teacher), Vocabulary(student.eval().requires_grad_(False))
-    with _trainable(student, layers, settings) as (weights, finished):
+    with (
+        _trainable(student, layers, settings) as (weights, finished),
+        recomputing(student, gradient_checkpointing),
+    ):
         adam = torch.optim.AdamW(list(weights.values()), lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0)
         about = f"{settings} seq_len={calibration_NT.shape[1]}"
         done = 0

@@ -256,6 +256,7 @@ def recover_stage(session: Session) -> list[str]:
             rows_NT,
             settings,
             micro_batch_size=c.micro_batch_size,
+            gradient_checkpointing=c.gradient_checkpointing,
             checkpoints=checkpoints,
             on_step=on_step,
         )
