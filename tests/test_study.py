@@ -254,6 +254,17 @@ def test_rows_measured_once_are_held_against_the_default_measured_once(studied, 
     assert [row for row in rows if row.startswith("| grasprune+once | +")] == ["| grasprune+once | +20.0 % | +20.0 % |"]
 
 
+def test_all_rows_are_held_against_the_default_measured_once_where_it_is_the_only_one(studied, tmp_path):
+    values = read_json(studied / f"{Cell('smollm2', 'magnitude', 0.2).id}.json", "")
+    write_json(studied / "smollm2-moe" / "dense.json", read_json(studied / "smollm2" / "dense.json", ""))
+    for method, variant, times in (("deterministic", "once", 2.0), ("reap", "", 3.0), ("sensitivity", "once", 2.5)):
+        for text_name in judge.TEXTS:
+            values["perplexity"][text_name]["times_dense"] = times
+        write_json(studied / f"{Cell('smollm2-moe', method, 0.4, variant=variant).id}.json", values)
+    rows = written_report(studied, tmp_path, with_plots=False).partition("### smollm2-moe")[2].splitlines()
+    assert "| reap | +50.0 % | +50.0 % |" in rows and "| sensitivity+once | +25.0 % | +25.0 % |" in rows
+
+
 def test_plots_are_drawn_of_what_there_is(studied, tmp_path):
     said = written_report(studied, tmp_path)
     for name in ("quality", "along-the-run"):

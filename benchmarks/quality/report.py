@@ -14,6 +14,7 @@ from cells import STUDIED, cells_of
 from results import Results, read_results
 from secateur.files import InputError, write_text
 from tables import (
+    DEFAULT,
     ONCE,
     convergence_table,
     expressiveness_table,
@@ -44,9 +45,12 @@ def section(results: Results, plots: Sequence[str] = ()) -> str:
         parts += [f"**{percent(sparsity)} removed**", main_table(results, sparsity)]
     parts += ["**Margins against noise**, perplexity at equal tokens and seeds"]
     for sparsity in sparsities:
-        parts += [f"{percent(sparsity)} removed, {tokens_title(shortest)} tokens:", margins_table(results, sparsity)]
+        parts += [f"{percent(sparsity)} removed, {tokens_title(shortest)} tokens:"]
+        if again := results.entry(DEFAULT, sparsity, shortest):
+            parts += [margins_table(results, sparsity)]
         if results.entry(ONCE, sparsity, shortest):
-            parts += ["The same, with sensitivity measured once:", margins_table(results, sparsity, ONCE)]
+            parts += ["The same, with sensitivity measured once:"] if again else []
+            parts += [margins_table(results, sparsity, ONCE)]
     if results.model == STUDIED:
         parts += [
             "**Claim 1, mismatch**: held-out loss as deployed less as trained, nats a token, "

@@ -87,7 +87,7 @@ def _task(result: Result, task: str) -> str:
 
 def margins_table(results: Results, sparsity: float, reference: str = DEFAULT, steps: int = STEPS_25K) -> str:
     """How much higher or lower each method's perplexity is than the default's, at equal tokens and seeds. Rows
-    whose sensitivity was measured once are held against `ONCE`.
+    whose sensitivity was measured once are held against `ONCE`, all rows where it is the only default that was run.
 
     Bold where the margin exceeds the noise: for rows of one seed that of the default, which the first row states; for
     rows of three seeds that of their pairs, whose standard deviation follows the mean.
@@ -96,10 +96,11 @@ def margins_table(results: Results, sparsity: float, reference: str = DEFAULT, s
     reads = [times_dense(text) for text in TEXTS]
     default = results.entry(reference, sparsity, tokens)
     assert default is not None
+    alone = results.entry(DEFAULT, sparsity, tokens) is None
     noises = [default.noise(read) for read in reads]
     rows = [["noise of one seed", *(NONE if noise is None else _percent(noise) for noise in noises)]]
     for entry in results.entries:
-        alike = entry.cell.label == ONCE or entry.cell.measured_once == default.cell.measured_once
+        alike = alone or entry.cell.label == ONCE or entry.cell.measured_once == default.cell.measured_once
         if (entry.cell.sparsity, entry.cell.tokens) == (sparsity, tokens) and entry is not default and alike:
             margins = (entry.margin(default, read) for read in reads)
             rows.append([entry.cell.label, *map(_margin, margins, noises)])
