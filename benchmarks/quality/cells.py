@@ -155,6 +155,7 @@ def _study(model: str) -> list[Cell]:
     cells += [Cell(model, "deterministic", 0.35, STEPS_100K)]
     cells += [Cell(model, m, 0.5, STEPS_100K, seed=seed) for m, seed in product(("deterministic", "grasprune"), (1, 2))]
     cells += [Cell(model, "deterministic", s, STEPS_400K) for s in low_high]
+    cells += [Cell(model, "sensitivity", s, STEPS_100K, variant="lora") for s in (0.5, 0.2)]
     return _both_ways(cells)
 
 
@@ -178,7 +179,9 @@ def _measures_again(cell: Cell) -> bool:
 def _is_main(cell: Cell) -> bool:
     if cell.method == "hard-concrete":
         return cell.steps == STEPS_25K
-    if cell.variant and (cell.method, cell.variant) != ("deterministic", "lora"):
+    if cell.variant == "lora":
+        return cell.method in ("deterministic", "sensitivity")
+    if cell.variant:
         return False
     return cell.method in ("deterministic", "grasprune") or (cell.method == "sensitivity" and cell.steps == STEPS_25K)
 
@@ -206,7 +209,7 @@ def _mixture(model: str) -> list[Cell]:
 
 
 def _mixture_again(model: str) -> list[Cell]:
-    return _both_ways([Cell(model, m, s) for s, m in product((0.4, 0.6), ("deterministic", "sensitivity"))])
+    return _both_ways([Cell(model, m, 0.4) for m in ("deterministic", "sensitivity")])
 
 
 def _curve(method: str, sparsity: float) -> bool:
