@@ -183,7 +183,7 @@ def _is_main(cell: Cell) -> bool:
         return cell.method in ("deterministic", "sensitivity")
     if cell.variant:
         return False
-    return cell.method in ("deterministic", "grasprune") or (cell.method == "sensitivity" and cell.steps == STEPS_25K)
+    return cell.method in ("deterministic", "grasprune", "sensitivity")
 
 
 def _is_later(cell: Cell) -> bool:
