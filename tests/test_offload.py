@@ -21,8 +21,8 @@ from runs import (
     write_checkpoint,
     write_texts,
 )
+from secateur import exported
 from secateur import session as sessions
-from secateur import stages
 from secateur.attach import attached
 from secateur.depth import with_depth
 from secateur.describe import describe
@@ -84,7 +84,7 @@ def placed(monkeypatch):
         return loaded
 
     monkeypatch.setattr(sessions, "load", watched)
-    monkeypatch.setattr(stages, "read_export", lambda *arguments, **options: seen(read_export(*arguments, **options)))
+    monkeypatch.setattr(exported, "read_export", lambda *arguments, **options: seen(read_export(*arguments, **options)))
     return found
 
 
