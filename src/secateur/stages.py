@@ -278,8 +278,8 @@ def eval_stage(session: Session) -> dict[str, Any]:
     """Perplexity and exact sizes, dense against pruned: RUN/eval.json, and the figures into the model card."""
     tasks = session.tasks  # before the model is loaded: a name may be wrong
     run, c = session.run, session.config
-    if c.eval_data is not None:
-        local_files(c.eval_data)
+    if c.eval_data is not None and not session.in_memory:
+        local_files(c.eval_data)  # a wrong path shows before a large model is loaded
     loaded = session.loaded
     plan, rounding = plan_of(session)
     check_plan(run, plan)
