@@ -205,7 +205,7 @@ def _mixture(model: str) -> list[Cell]:
     cells += [Cell(model, "deterministic", s, variant=v) for v, s in product(("per-layer", "per-expert"), shares)]
     cells += [Cell(model, "deterministic", 0.4, variant=v) for v in ("uniform", "padded")]
     cells += [Cell(model, m, 0.4) for m in ("magnitude", "wanda-sp", "grasprune")]
-    return [cell for cell in _both_ways(cells) if cell.measured_once or not _measures_again(cell)]
+    return [cell for cell in _both_ways(cells) if not _measures_again(cell)]
 
 
 def _mixture_again(model: str) -> list[Cell]:

@@ -36,7 +36,7 @@ from secateur.bos import leading_bos
 from secateur.budget import Figures
 from secateur.card import public_name
 from secateur.config import Config
-from secateur.exported import load_export
+from secateur.exported import load_export, plan_of
 from secateur.files import InputError, read_json, write_json
 from secateur.load import Loaded, load
 from secateur.progress import Screen
@@ -135,7 +135,7 @@ def run_cell(study: Study, cell: Cell) -> dict[str, Any]:
         session = study.session(run, screen)
         pruned = remaining_stages(session)
         start = time.perf_counter()
-        model = load_export(session, next(study.loaded.model.parameters()).dtype)
+        model = load_export(session, plan_of(session)[0], next(study.loaded.model.parameters()).dtype)
         figures = study.judge.figures(model, dense)
         figures["ones"] = with_ones(session, study.judge) if cell.learns_as == cell else None
     assert _checksum(study.loaded) == before, f"{cell.id} changed the dense model, which the next cell needs"

@@ -26,7 +26,6 @@ from secateur.load import describe_pretrained, describe_selected
 from secateur.measure import Measured, Settings, Timing, measure, processor
 from secateur.own_code import brings_own_code
 from secateur.run import Run
-from secateur.slicing import pruned_shapes
 from secateur.workers.parent import Worker
 
 BENCH_FORMAT = 1
@@ -68,10 +67,8 @@ def prediction_of(run: Run) -> Callable[[Mapping[str, Any]], dict[str, Any]] | N
     table.check_model(description, run.latency)
     groups = description.groups
     plan, _ = planned(run, groups, architecture_fingerprint(groups, description.shapes))
-    check_plan(run, plan)
     exported, _ = describe_pretrained(str(checked_export(run)), brings_own_code(run.model))
-    if exported.shapes != pruned_shapes(description, plan):
-        raise InputError(f"{run.model} was exported from another plan; run `secateur export {run.folder}` first")
+    check_plan(run, exported.shapes, description, plan)
     return partial(against_measured, table, description, plan.stored(groups))
 
 

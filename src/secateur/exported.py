@@ -4,7 +4,7 @@ The stages that come after the export begin here.
 """
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,11 +17,11 @@ from secateur.gates import load_gates
 from secateur.load import read_export
 from secateur.own_code import check_code
 from secateur.plan import Plan, Rounding, load_plan
-from secateur.report.files import ExportedConfig, checked
 from secateur.run import Run
 from secateur.session import Session
 from secateur.slicing import pruned_shapes
 from secateur.units import Group
+from secateur.updates import said_of
 
 
 def planned(run: Run, groups: Sequence[Group], architecture: str) -> tuple[Plan, Rounding]:
@@ -44,24 +44,25 @@ def checked_export(run: Run) -> Path:
     return run.model
 
 
-def check_plan(run: Run, plan: Plan) -> None:
-    """Raises InputError where the export was cut by another plan; earlier versions did not say by which."""
-    config = checked(checked_export(run) / "config.json", ExportedConfig, f"secateur export {run.folder}")
-    if config.get("secateur", {}).get("plan", plan.digest) != plan.digest:
+def check_plan(run: Run, shapes: Mapping[str, tuple[int, ...]], description: Description, plan: Plan) -> None:
+    """Raises InputError where the export, whose weights have these shapes, was cut by another plan.
+
+    Exports of earlier versions do not say by which: their shapes alone tell.
+    """
+    if said_of(run.model).get("plan", plan.digest) != plan.digest or shapes != pruned_shapes(description, plan):
         raise InputError(f"{run.model} was exported from another plan; run `secateur export {run.folder}` first")
 
 
-def check_shapes(run: Run, exported: PreTrainedModel, description: Description, plan: Plan) -> None:
-    """The same by the shapes of its weights."""
-    if {name: tuple(p.shape) for name, p in exported.named_parameters()} != pruned_shapes(description, plan):
-        raise InputError(f"{run.model} was exported from another plan; run `secateur export {run.folder}` first")
+def load_export(session: Session, plan: Plan, dtype: torch.dtype) -> PreTrainedModel:
+    """The exported model as its user loads it; the code it runs is Secateur's own modelling file.
 
-
-def load_export(session: Session, dtype: torch.dtype) -> PreTrainedModel:
-    """The exported model as its user loads it; the code it runs is Secateur's own modelling file."""
-    folder = checked_export(session.run)
+    Raises InputError where it was cut by another plan.
+    """
+    run, folder = session.run, checked_export(session.run)
     device = next(session.loaded.model.parameters()).device
     gc.collect()  # an earlier one with offloaded weights, which accelerate's hooks tie to itself
-    if placed := session.export_placed(device):
-        return read_export(folder, dtype, **placed)
-    return read_export(folder, dtype).to(device)
+    placed = session.export_placed(device)
+    exported = read_export(folder, dtype, **placed)
+    shapes = {name: tuple(p.shape) for name, p in exported.named_parameters()}
+    check_plan(run, shapes, session.loaded.description, plan)
+    return exported if placed else exported.to(device)

@@ -24,6 +24,7 @@ from secateur.export import buffers
 from secateur.files import InputError, replacing
 from secateur.load import Loaded, pick_device, selected, weights_fingerprint
 from secateur.run import GIVEN_TEXTS
+from secateur.text import encodable
 from secateur.verify import with_weights_in
 
 CHARACTERS_A_TOKEN = 16
@@ -129,7 +130,7 @@ def write_given(path: Path, data: Any, setting: str, config: Config) -> None:
         most = CHARACTERS_A_TOKEN * config.eval_windows * config.eval_length or most
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         if isinstance(data, str):
-            file.write(_clean(data))
+            file.write(encodable(data))
             return
         characters = 0
         for document in _documents(data, setting, config.text_column):
@@ -150,9 +151,4 @@ def _documents(data: Any, setting: str, column: str) -> Iterator[str]:
         text = row[column] if isinstance(row, Mapping) else row
         if not isinstance(text, str | None):
             raise InputError(f"{setting}[{number}] is a {type(text).__name__}, not text")
-        yield _clean(text or "")
-
-
-def _clean(text: str) -> str:
-    """Text without halves of surrogate pairs, which UTF-8 has no bytes for."""
-    return text.encode("utf-8", "replace").decode()
+        yield encodable(text or "")

@@ -82,9 +82,9 @@ def recover(
 
     calibration_NT: steps × batch_size rows of token ids, used in their order, `micro_batch_size` of them at once, into
     which batches divide evenly (None: the batch). `gradient_checkpointing`: layers keep only their inputs for the
-    backward pass. The student is used up. With
-    `checkpoints`, states are saved there, also when interrupted; a run that finds one goes on from it to bit-identical
-    weights. Raises InputError when the loss is not finite, or when PEFT is missing.
+    backward pass. The student is used up. With `checkpoints`, states are saved there, also when interrupted; a run that
+    finds one goes on from it to bit-identical weights. Raises InputError when the loss is not finite, or when PEFT is
+    missing.
     """
     teacher.eval().requires_grad_(False)
     device = next(student.parameters()).device
@@ -117,8 +117,7 @@ def recover(
         try:
             while done < settings.steps:
                 parts = batches[done].to(device).split(micro_batch_size or settings.batch_size)
-                losses_P3 = [losses(ids_BT, len(parts)) for ids_BT in parts]
-                loss, ce, kl = torch.stack(losses_P3).sum(0)
+                loss, ce, kl = torch.stack([losses(ids_BT, len(parts)) for ids_BT in parts]).sum(0)
                 norm = nn.utils.clip_grad_norm_(weights.values(), LARGEST_GRADIENT)
                 if not (torch.isfinite(loss) and torch.isfinite(norm)):
                     raise InputError(

@@ -110,18 +110,16 @@ class Equations:
     def update(self, weight_OI: Tensor, bias_O: Tensor | None, ridge: float) -> Tensor:
         """ΔW of the pruned writer, shape (O, I), in float32; inputs that were never active stay out of it."""
         with torch.autocast(self.xx_II.device.type, enabled=False):  # sums that are nearly equal are subtracted
-            return self._update(weight_OI.detach().float(), bias_O, ridge)
-
-    def _update(self, weight_OI: Tensor, bias_O: Tensor | None, ridge: float) -> Tensor:
-        lacking_OI = self.yx_OI - weight_OI @ self.xx_II  # Σ e xᵀ
-        if bias_O is not None:
-            lacking_OI = lacking_OI - bias_O.detach().float()[:, None] * self.x_I
-        diagonal_I = self.xx_II.diagonal()
-        scale_I = torch.where(diagonal_I > 0, diagonal_I, 1.0).rsqrt()
-        correlation_II = self.xx_II * scale_I * scale_I[:, None]
-        correlation_II.diagonal().add_(ridge)
-        factor_II = torch.linalg.cholesky(correlation_II)
-        return torch.cholesky_solve((lacking_OI * scale_I).T, factor_II).T * scale_I
+            weight_OI = weight_OI.detach().float()
+            lacking_OI = self.yx_OI - weight_OI @ self.xx_II  # Σ e xᵀ
+            if bias_O is not None:
+                lacking_OI = lacking_OI - bias_O.detach().float()[:, None] * self.x_I
+            diagonal_I = self.xx_II.diagonal()
+            scale_I = torch.where(diagonal_I > 0, diagonal_I, 1.0).rsqrt()
+            correlation_II = self.xx_II * scale_I * scale_I[:, None]
+            correlation_II.diagonal().add_(ridge)
+            factor_II = torch.linalg.cholesky(correlation_II)
+            return torch.cholesky_solve((lacking_OI * scale_I).T, factor_II).T * scale_I
 
 
 def kept_groups(groups: Sequence[Group], plan: Plan) -> list[Group]:
@@ -192,7 +190,7 @@ def _seeing(module: Any, equations: Mapping[int, Equations]) -> Inside:
         if e in equations:
             x = (x_TC * routing_T1).float()
             with torch.autocast(x.device.type, enabled=False):
-                equations[e].see(x, x @ down_projection(module, e).float().T)
+                equations[e].see(x, x @ down_projection(module, e).T)
         return x_TC
 
     return inside

@@ -16,7 +16,7 @@ from secateur.budget import everything, figures
 from secateur.card import model_card, public_name, update_words
 from secateur.evaluate import compared
 from secateur.export import as_shipped, export
-from secateur.exported import check_plan, check_shapes, load_export, plan_of
+from secateur.exported import load_export, plan_of
 from secateur.families import FAMILIES
 from secateur.files import InputError, write_json, write_text
 from secateur.gates import Gates, load_gates, save_gates
@@ -133,14 +133,12 @@ def verify_stage(session: Session) -> list[Comparison]:
             f"it was verified before. To verify anew, run `secateur export {run.folder}` first"
         )
     plan, _ = plan_of(session)
-    check_plan(run, plan)
     groups, model, own = loaded.description.groups, loaded.model, loaded.checkpoint_dtype
     gates = {name: gate.to(next(model.parameters()).device) for name, gate in plan.gates(groups).items()}
     biases = compensation(model, groups, gates, plan.means)
     ids_NT = session.blocks.held_out_NT[:VERIFIED_ROWS]
     with session.timed("verify"):
-        exported = load_export(session, torch.float32)
-        check_shapes(run, exported, loaded.description, plan)
+        exported = load_export(session, plan, torch.float32)
         comparisons = verified(model, exported, groups, gates, biases, own, ids_NT)
         passed = all(c.passed for c in comparisons)
         write_json(run.verify, {"passed": passed, "comparisons": [asdict(c) for c in comparisons]})
@@ -165,10 +163,8 @@ def refit_stage(session: Session) -> list[Refit]:
     if not c.steps:
         raise InputError("this run took --steps 0, so it has no calibration text to refit on")
     plan, _rounding = plan_of(session)
-    check_plan(run, plan)
     groups, blocks = kept_groups(loaded.description.groups, plan), session.blocks
-    student = load_export(session, next(loaded.model.parameters()).dtype)
-    check_shapes(run, student, loaded.description, plan)
+    student = load_export(session, plan, next(loaded.model.parameters()).dtype)
     rows = (c.refit_tokens or c.steps * c.batch_size * c.seq_len // 8) // c.seq_len
     rows_NT = blocks.calibration_NT[: max(1, rows)]
     tensors: dict[str, torch.Tensor] = {}
@@ -233,7 +229,6 @@ def recover_stage(session: Session) -> list[str]:
     if session.recovered_before():
         return updates_of(run.model)
     plan, _rounding = plan_of(session)
-    check_plan(run, plan)
     steps = c.recover_steps or c.steps
     settings = Recovery(
         c.recover, steps, c.batch_size, c.recover_lr or LR[c.recover], c.recover_rank, c.learning.kd_weight,
@@ -241,8 +236,7 @@ def recover_stage(session: Session) -> list[str]:
     )  # fmt: skip
     own = torch.float32 if c.recover == "full" else next(loaded.model.parameters()).dtype
     rows_NT = session.rows_in_turn(steps)
-    student = load_export(session, own)
-    check_shapes(run, student, loaded.description, plan)
+    student = load_export(session, plan, own)
     checkpoints = session.checkpoints(run.recovery)
     with (
         session.timed("recover"),
@@ -282,12 +276,10 @@ def eval_stage(session: Session) -> dict[str, Any]:
         local_files(c.eval_data)  # a wrong path shows before a large model is loaded
     loaded = session.loaded
     plan, rounding = plan_of(session)
-    check_plan(run, plan)
     description = loaded.description
     ids_NT, text, join = session.evaluation_windows
     with session.timed("eval"):
-        exported = load_export(session, next(loaded.model.parameters()).dtype)
-        check_shapes(run, exported, description, plan)
+        exported = load_export(session, plan, next(loaded.model.parameters()).dtype)
         bytes_per_value = loaded.checkpoint_dtype.itemsize
         quality = compared(loaded.model, exported, ids_NT)
         dense = asdict(figures(description, None, bytes_per_value)) | quality.pop("dense")

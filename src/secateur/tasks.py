@@ -37,7 +37,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from secateur.files import InputError
-from secateur.text import COMPRESSION, JSON_LINES, file_type, json_rows
+from secateur.text import COMPRESSION, JSON_LINES, encodable, file_type, json_rows
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
@@ -85,11 +85,11 @@ def read_items(path: Path) -> list[dict[str, Any]]:
     for place, row in json_rows(path):
         if fault := _fault(row):
             raise InputError(f"{place} is no item of a task: {fault}")
-        choices = [_encodable(choice) for choice in row["choices"]]
+        choices = [encodable(choice) for choice in row["choices"]]
         queries = row["queries"] if row.get("query") is None else [row["query"]] * len(choices)
-        queries = [_encodable(query) for query in queries]
+        queries = [encodable(query) for query in queries]
         items.append({
-            "id": _encodable(str(row.get("id", len(items)))),
+            "id": encodable(str(row.get("id", len(items)))),
             "queries": queries, "choices": choices, "gold": row["gold"],
             "unspaced": [choice.removeprefix(" ") for choice in choices],
         })  # fmt: skip
@@ -113,11 +113,6 @@ def _fault(row: dict[str, Any]) -> str | None:
 
 def _texts(values: Any) -> bool:
     return isinstance(values, list) and bool(values) and all(isinstance(v, str) and v.strip() for v in values)
-
-
-def _encodable(text: str) -> str:
-    """The text without halves of surrogate pairs, which JSON may spell and nothing else can hold."""
-    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 class Model(HFLM):

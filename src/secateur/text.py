@@ -198,7 +198,12 @@ def _text_of(row: dict[str, Any], column: str, where: str) -> str:
     if not isinstance(value, str):
         reason = f'{where}: column "{column}" holds a value of type {type(value).__name__}, not text'
         raise InputError(f"{reason}; name another one by --text-column")
-    return value.encode("utf-8", "replace").decode()  # JSON may hold halves of surrogate pairs; tokenizers fail on them
+    return encodable(value)
+
+
+def encodable(text: str) -> str:
+    """The text without halves of surrogate pairs: JSON may spell them, UTF-8 has no bytes for them, tokenizers fail."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def one_line(error: Exception) -> str:

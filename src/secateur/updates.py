@@ -15,22 +15,25 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from secateur.files import replacing, write_json, write_text
-from secateur.report.files import ExportedConfig, Refit, checked
+from secateur.report.files import Exported, ExportedConfig, Refit, checked
+
+
+def said_of(folder: Path) -> Exported:
+    """What config.json of an exported checkpoint says of it; nothing for no folder."""
+    path = folder / "config.json"
+    if not path.exists():
+        return {}
+    return checked(path, ExportedConfig, f"secateur export {folder.parent}").get("secateur", {})
 
 
 def updates_of(folder: Path) -> list[str]:
     """What was done to the weights of an exported checkpoint, in order; nothing for a fresh export or no folder."""
-    path = folder / "config.json"
-    if not path.exists():
-        return []
-    config = checked(path, ExportedConfig, f"secateur export {folder.parent}")
-    return list(config.get("secateur", {}).get("updates", []))
+    return said_of(folder).get("updates", [])
 
 
 def recovery_steps(folder: Path) -> list[int]:
     """Steps of each recovery of an exported checkpoint, in order; earlier versions did not say them."""
-    config = checked(folder / "config.json", ExportedConfig, f"secateur export {folder.parent}")
-    return list(config.get("secateur", {}).get("recovery_steps", []))
+    return said_of(folder).get("recovery_steps", [])
 
 
 def refitted(folder: Path, record: Path) -> bool:
