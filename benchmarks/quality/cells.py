@@ -32,8 +32,10 @@ AFTERWARDS: dict[str, dict[str, Any]] = {
     "refit": {"refit": True},
     "lora": {"recover": "lora"},
     "full": {"recover": "full"},
+    "twice": {},
 }
-"""Changes of the weights after pruning: the gates are those of the cell without them."""
+"""Changes of the weights after pruning: the gates are those of the cell without them. "twice" goes with a recovery, and
+its steps depend on the cell's."""
 
 CHANGES: dict[str, dict[str, Any]] = {
     "once": {"remeasure": False},
@@ -85,8 +87,13 @@ class Cell:
 
     @property
     def recovery_tokens(self) -> int:
-        """Tokens that weights are trained on after pruning: as many again, the same ones."""
-        return self.tokens if "recover" in self.changes else 0
+        """Tokens that weights are trained on after pruning: as many again, the same ones, or those twice."""
+        return self.recovery_steps * BATCH_SIZE * SEQ_LEN
+
+    @property
+    def recovery_steps(self) -> int:
+        """Steps of recovery; none where nothing recovers."""
+        return self.steps * (2 if "twice" in self.parts else 1) if "recover" in self.changes else 0
 
     @property
     def measured_once(self) -> bool:
@@ -122,7 +129,7 @@ class Cell:
         measured = {"measure_every": max(1, self.steps // 10)} if self.curve else {}
         own = {"method": self.method, "sparsity": self.sparsity, "steps": self.steps, "seed": self.seed}
         sizes = {"batch_size": BATCH_SIZE, "seq_len": SEQ_LEN, "held_out_tokens": HELD_OUT_TOKENS}
-        recovery = {"recover_steps": self.steps} if self.recovery_tokens else {}
+        recovery = {"recover_steps": self.recovery_steps} if self.recovery_steps else {}
         return own | sizes | measured | recovery | self.changes
 
 
@@ -156,7 +163,16 @@ def _study(model: str) -> list[Cell]:
     cells += [Cell(model, m, 0.5, STEPS_100K, seed=seed) for m, seed in product(("deterministic", "grasprune"), (1, 2))]
     cells += [Cell(model, "deterministic", s, STEPS_400K) for s in low_high]
     cells += [Cell(model, "sensitivity", s, STEPS_100K, variant="lora") for s in (0.5, 0.2)]
-    return _both_ways(cells)
+    return _both_ways(cells) + _recovered(model)
+
+
+def _recovered(model: str) -> list[Cell]:
+    """What weights are trained from, by more seeds, and from scored sets for as long as learning would have taken."""
+    sides = product((0.5, 0.2), ("sensitivity", "deterministic"), (1, 2))
+    cells = [Cell(model, "sensitivity", s, STEPS_100K, variant="lora+twice") for s in (0.5, 0.2)]
+    cells += [Cell(model, m, s, seed=seed, variant="lora") for s, m, seed in sides]
+    cells += [Cell(model, "sensitivity", s, seed=n, variant="lora+twice") for s, n in product((0.5, 0.2), (0, 1, 2))]
+    return cells + [Cell(model, "sensitivity", 0.5, STEPS_100K, seed=n, variant="lora+twice") for n in (1, 2)]
 
 
 def _both_ways(cells: list[Cell]) -> list[Cell]:
@@ -196,7 +212,9 @@ def _is_later(cell: Cell) -> bool:
 
 def _main_rows(model: str) -> list[Cell]:
     methods = ("deterministic", "sensitivity", "flap", "wanda-sp", "hard-concrete", "grasprune")
-    return _both_ways([Cell(model, m, s) for s, m in product((0.2, 0.5), methods)])
+    cells = _both_ways([Cell(model, m, s) for s, m in product((0.2, 0.5), methods)])
+    recovered = product((0.5, 0.2), (("deterministic", "lora"), ("sensitivity", "lora"), ("sensitivity", "lora+twice")))
+    return cells + [Cell(model, m, s, variant=variant) for s, (m, variant) in recovered]
 
 
 def _mixture(model: str) -> list[Cell]:
