@@ -173,6 +173,18 @@ def test_cells_that_measure_once_are_those_that_would_measure_again():
         assert Config("m", **replace(cell, variant=plain).settings).resolved().remeasured_rows(cell.sparsity) > 0
     lora = next(cell for cell in once if cell.variant == "once+lora")
     assert lora.learns_as == replace(lora, variant="once") and lora.recovery_tokens == lora.tokens
+    assert not any(
+        Config("m", **cell.settings).resolved().remeasured_rows(cell.sparsity) for cell in cells_of("smollm2-moe")
+    )
+
+
+def test_recovery_goes_once_or_twice_over_the_tokens_from_the_same_gates():
+    twice = Cell("smollm2", "sensitivity", 0.5, 200, variant="lora+twice")
+    once = replace(twice, variant="lora")
+    assert {once, twice} <= set(cells_of("smollm2")) and once.learns_as == twice.learns_as == replace(once, variant="")
+    assert (once.settings["recover_steps"], twice.settings["recover_steps"]) == (200, 400)
+    assert twice.recovery_tokens == 2 * once.recovery_tokens == 2 * once.tokens
+    assert "recover_steps" not in twice.learns_as.settings
 
 
 @pytest.mark.parametrize("model", ["smollm2", "smollm2-moe", "smollm2-moe-2", "another"])

@@ -139,6 +139,16 @@ def test_uniform_exports_are_stock_models(tmp_path, model_type, changes):
     check(tmp_path)
 
 
+def test_latent_attention_in_float32_leaves_kernels_alone_that_know_bfloat16_only(monkeypatch):
+    from vllm.platforms import current_platform
+
+    from secateur.workers.vllm import attention
+
+    assert attention("float32") == {"attention_backend": "CPU_MLA"} and attention("bfloat16") == {}
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda _self: False)
+    assert attention("float32") == {}
+
+
 def config(folder):
     return json.loads((folder / "config.json").read_text())
 

@@ -13,7 +13,7 @@ from vllm.distributed import cleanup_dist_env_and_memory
 from secateur.files import InputError
 from secateur.own_code import brings_own_code
 from secateur.runtimes import Continuation
-from secateur.workers.vllm import load
+from secateur.workers.vllm import attention, load
 
 CACHE_BYTES = 2**28
 """Room for the keys and values of the prompts of `verify`."""
@@ -50,6 +50,7 @@ def _load(model: Path, length: int) -> vllm.LLM:
             use_tqdm_on_load=False,
             seed=0,
             trust_remote_code=brings_own_code(model),
+            **attention("float32"),
         )
     except (ValueError, NotImplementedError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
