@@ -172,7 +172,8 @@ def _recovered(model: str) -> list[Cell]:
     cells = [Cell(model, "sensitivity", s, STEPS_100K, variant="lora+twice") for s in (0.5, 0.2)]
     cells += [Cell(model, m, s, seed=seed, variant="lora") for s, m, seed in sides]
     cells += [Cell(model, "sensitivity", s, seed=n, variant="lora+twice") for s, n in product((0.5, 0.2), (0, 1, 2))]
-    return cells + [Cell(model, "sensitivity", 0.5, STEPS_100K, seed=n, variant="lora+twice") for n in (1, 2)]
+    variants = product((1, 2), ("", "lora+twice"))
+    return cells + [Cell(model, "sensitivity", 0.5, STEPS_100K, seed=n, variant=v) for n, v in variants]
 
 
 def _both_ways(cells: list[Cell]) -> list[Cell]:
