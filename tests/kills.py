@@ -32,7 +32,14 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_D
 from runs import leftovers, prune_arguments, secateur, write_checkpoint, write_texts
 
 CASES: dict[str, dict[str, Any]] = {
-    "lora": {"data": "self", "recover": "lora", "recover_lr": 1e-2, "refit_rounds": 2, "measure_every": 4},
+    "lora": {
+        "data": "self",
+        "method": "deterministic",
+        "recover": "lora",
+        "recover_lr": 1e-2,
+        "refit_rounds": 2,
+        "measure_every": 4,
+    },
     "full": {"recover": "full", "shape": "uniform", "max_shard_size": "30KB", "recipe": "paper", "recover_steps": 17},
 }
 """Runs that have all stages between them, with several rounds, shards and epochs."""

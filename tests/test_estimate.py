@@ -110,7 +110,7 @@ def test_what_does_not_fit_is_refused_with_settings_that_would(big, capsys):
     said = complaint(capsys, "estimate", big, "--hardware", "A100-80GB", "--batch-size", 16)
     assert "this does not fit: learn takes" in said and "--gradient-checkpointing would (" in said
     assert secateur("estimate", big, "--hardware", "A100-80GB", "--batch-size", 16, "--gradient-checkpointing") == 0
-    words = ["--teacher", "cache", "--recover", "lora"]
+    words = ["--method", "deterministic", "--teacher", "cache", "--recover", "lora"]
     said = complaint(capsys, "estimate", big, "--hardware", "L4", *words)
     assert "no settings would, but --hardware A100-80GB would" in said, "one that has to hold the whole model"
 

@@ -4,6 +4,7 @@ import json
 import signal
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transformers.models.mistral.modeling_mistral import MistralMLP
 
 from runs import complaint, described, prune_arguments, random_tokens, secateur, small_llama
 from secateur.checkpoints import Checkpoints
+from secateur.config import Config
 from secateur.evaluate import mean_loss
 from secateur.export import export
 from secateur.files import InputError
@@ -220,6 +222,39 @@ def test_prune_recovers_after_verification_and_says_so(dense, text, tmp_path, ca
     assert f"recover-{kind}" in said and "secateur export" in said
     assert secateur("export", out) == 0 and updates_of(out / "model") == []
     assert secateur("verify", out) == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "method", "steps"),
+    [
+        ({}, "deterministic", 8),
+        ({"recover": "lora"}, "sensitivity", 16),
+        ({"recover": "full", "recover_steps": 5}, "sensitivity", 5),
+        ({"recover": "lora", "method": "deterministic"}, "deterministic", 8),
+        ({"recover": "lora", "method": "magnitude"}, "magnitude", 16),
+        ({"recover": "lora", "gates": Path("gates.safetensors")}, "deterministic", 8),
+        ({"recover": "lora", "sparsity": None, "sweep": "0.2,0.4"}, "deterministic", 8),
+        ({"recover": "lora", "recipe": "paper"}, "deterministic", 8),
+    ],
+)
+def test_gates_are_not_learned_first_where_weights_are_to_be_trained(settings, method, steps):
+    config = Config("m", **({"sparsity": 0.3, "steps": 8} | settings))
+    assert (config.method, config.recovery_steps) == (method, steps)
+    assert replace(Config("m", 0.3), recover="lora").method == "deterministic"  # as it was learned, it is recovered
+
+
+def test_recovery_takes_the_time_of_learning_too_where_nothing_was_learned(dense, text, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert secateur(*prune_arguments(dense, text, out, recover="full")) == 0
+    assert len((out / "recover.jsonl").read_text().splitlines()) == 16 and not (out / "metrics.jsonl").exists()
+    config = (out / "config.yaml").read_text()
+    assert "method: sensitivity\n" in config and "recover_steps: null\n" in config
+    card = (out / "model" / "README.md").read_text()
+    assert "by sensitivity" in card and "a baseline" not in card and "16 steps" in card
+    asked = prune_arguments(dense, text, tmp_path / "learned", recover="full", lr=0.1)
+    assert "--method deterministic" in (said := complaint(capsys, *asked)) and "--lr is a setting of learning" in said
+    assert secateur(*asked, "--method", "deterministic") == 0
+    assert len((tmp_path / "learned" / "recover.jsonl").read_text().splitlines()) == 8
 
 
 def test_recover_reruns_alone_with_its_own_options(run, capsys):

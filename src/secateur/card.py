@@ -331,6 +331,8 @@ def asked(config: Config) -> str:
 def _found(method: str) -> str:
     """How the kept units were found, for the card's first sentence."""
     tool = f"[Secateur](https://arxiv.org/abs/2603.08065) ({PAPER})"
+    if method == "sensitivity":
+        return f"by sensitivity, which learning with {tool} begins with; no gates were learned"
     if method in ONE_SHOT:
         added = "; biases stand for the mean of what was removed" if method == "flap" else ""
         return f"by scores measured once (`{method}`, a baseline of {tool}); no gates were learned{added}"

@@ -67,9 +67,10 @@ class Config:
     pick: str | None = None
     """Of a sweep, export the smallest size that is good enough: `loss<=1.05` (times the unpruned model's on held-out
     text), `perplexity<=1.3`; or the best that is small enough: `params<=0.7`, `flops<=0.7`; or both, with commas."""
-    method: Method = "deterministic"
-    """How the units to keep are found. `deterministic` is the method of the paper; the others are baselines over the
-    same units, budget and text. Gates are learned otherwise with `hard-concrete` (noise), `hard-concrete-deterministic`
+    method: Method | Literal["auto"] = "auto"
+    """How the units to keep are found. `auto`: `deterministic`, the method of the paper; with `--recover`, `sensitivity`
+    (but for `--gates`, `--sweep` and the paper's recipe), since weights make up for more than gates. The others are
+    baselines over the same units, budget and text. Gates are learned otherwise with `hard-concrete` (noise), `hard-concrete-deterministic`
     (none), `hard-concrete-expanded` (gates above 1) and `grasprune` (a hard mask at every step). Units are scored once,
     and nothing is learned, with `sensitivity` (what learning starts from), `magnitude`, `wanda-sp`, `flap`,
     `taylor-element` and `taylor-vector`; of mixtures, experts with `frequency` and `reap`, their channels with
@@ -151,7 +152,8 @@ class Config:
     """Train the weights that are left, after pruning, with the dense model as teacher: low-rank updates of all linear
     maps, merged into them (`lora`), or all weights of the layers (`full`)."""
     recover_steps: int | None = None
-    """Steps of recovery, on the calibration tokens once more, or several times (default: as many as `steps`)."""
+    """Steps of recovery, on the calibration tokens once more, or several times (default: as many as `steps`, and twice
+    as many where no gates were learned)."""
     recover_lr: float | None = None
     """Peak step size of recovery (default: 3e-3 for `lora`, 3e-4 for `full`)."""
     recover_rank: int = 16
@@ -220,7 +222,10 @@ class Config:
     """The recipe as resolved for these settings; written to config.yaml, which repeats it exactly."""
 
     def __post_init__(self) -> None:
-        """Raises InputError for settings that are out of range or contradict each other."""
+        """Settles the method. Raises InputError for settings that are out of range or contradict each other."""
+        if self.method == "auto":
+            learned = not self.recover or self.gates or self.sweep or self.recipe == "paper"
+            self.method = "deterministic" if learned else "sensitivity"
         timed = self.latency_table is not None
         self.sparsity, self.budget = what_is_asked(self.sparsity, self.budget, timed, self.sweep)
         if self.per == "kind" and not self.by_sparsity:
@@ -284,17 +289,19 @@ class Config:
         """Raises InputError for settings of learning where nothing is learned."""
         if self.method not in ONE_SHOT:
             return
+        said = {
+            "--no-binarise": not self.binarise,
+            "--offload": self.offload != "none",
+            "--teacher cache": self.teacher == "cache",
+        }
         of_recovery = () if self.recover else ("kd_weight", "kd_temperature", "guard")
         for name in ("lr", "measure_every", *of_recovery):
-            if getattr(self, name):
-                option = f"--{name.replace('_', '-')}"
-                raise InputError(f"{option} is a setting of learning, and --method {self.method} learns nothing")
-        if not self.binarise:
-            raise InputError(f"--no-binarise is a setting of learning, and --method {self.method} learns nothing")
-        if self.offload != "none":
-            raise InputError(f"--offload is for learning, and --method {self.method} learns nothing")
-        if self.teacher == "cache":
-            raise InputError(f"--teacher cache is a setting of learning, and --method {self.method} learns nothing")
+            said[f"--{name.replace('_', '-')}"] = bool(getattr(self, name))
+        if option := next((option for option, is_said in said.items() if is_said), None):
+            raise InputError(
+                f"{option} is a setting of learning, and --method {self.method} learns nothing; leave it out, or say "
+                "--method deterministic"
+            )
         if self.method == "sensitivity" and self.recipe == "paper":
             raise InputError("--recipe paper measures no sensitivity, so --method sensitivity contradicts it")
 
@@ -339,6 +346,11 @@ class Config:
         if self.method in ONE_SHOT and self.method != "sensitivity":
             return 0 if self.method == "magnitude" else self.steps * self.batch_size
         return self.learning.sensitivity_batches * self.batch_size
+
+    @property
+    def recovery_steps(self) -> int:
+        """Steps of recovery. Where no gates were learned, they take the time that learning would have taken, too."""
+        return self.recover_steps or self.steps * (2 if self.method in ONE_SHOT else 1)
 
     @property
     def first_removed(self) -> float | None:

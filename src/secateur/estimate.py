@@ -229,7 +229,7 @@ class Estimate:
         if self.learns:
             found.append(passes("learning", texts * c.steps * c.batch_size, c.seq_len, 3))
         if c.recover:
-            rows = (c.recover_steps or c.steps) * c.batch_size
+            rows = c.recovery_steps * c.batch_size
             found.append(passes("recovery", rows, c.seq_len, 4 if c.recover == "full" else 3.2))
         windows = c.eval_windows if c.eval_data else c.held_out_tokens // c.seq_len
         length = c.eval_length if c.eval_data else c.seq_len

@@ -74,7 +74,7 @@ class Screen(Listener):
 
     def recovered(self, step: RecoveryStep) -> None:
         """A step of recovery is done."""
-        self._train("recover", step, self.config.recover_steps or self.config.steps, "")
+        self._train("recover", step, self.config.recovery_steps, "")
 
     def _train(self, name: str, step: Step | RecoveryStep, steps: int, more: str) -> None:
         check()

@@ -229,7 +229,7 @@ def recover_stage(session: Session) -> list[str]:
     if session.recovered_before():
         return updates_of(run.model)
     plan, _rounding = plan_of(session)
-    steps = c.recover_steps or c.steps
+    steps = c.recovery_steps
     settings = Recovery(
         c.recover, steps, c.batch_size, c.recover_lr or LR[c.recover], c.recover_rank, c.learning.kd_weight,
         c.learning.kd_temperature, c.seed, tuple(updates_of(run.model)),
