@@ -235,6 +235,7 @@ def test_prune_recovers_after_verification_and_says_so(dense, text, tmp_path, ca
         ({"recover": "lora", "gates": Path("gates.safetensors")}, "deterministic", 8),
         ({"recover": "lora", "sparsity": None, "sweep": "0.2,0.4"}, "deterministic", 8),
         ({"recover": "lora", "recipe": "paper"}, "deterministic", 8),
+        ({"recover": "lora", "guard": ("code:0.1",)}, "deterministic", 8),
     ],
 )
 def test_gates_are_not_learned_first_where_weights_are_to_be_trained(settings, method, steps):

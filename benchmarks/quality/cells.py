@@ -32,10 +32,11 @@ AFTERWARDS: dict[str, dict[str, Any]] = {
     "refit": {"refit": True},
     "lora": {"recover": "lora"},
     "full": {"recover": "full"},
-    "twice": {},
 }
-"""Changes of the weights after pruning: the gates are those of the cell without them. "twice" goes with a recovery, and
-its steps depend on the cell's."""
+"""Changes of the weights after pruning: the gates are those of the cell without them."""
+
+TWICE = "twice"
+"""Of a variant with recovery: over all tokens twice."""
 
 CHANGES: dict[str, dict[str, Any]] = {
     "once": {"remeasure": False},
@@ -47,6 +48,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "uniform": {"shape": "uniform"},
     "padded": {"shape": "padded"},
     **AFTERWARDS,
+    TWICE: {},
 }
 """Name of a change → the settings in which it differs from the defaults. A variant is one, or several joined by +."""
 
@@ -93,7 +95,7 @@ class Cell:
     @property
     def recovery_steps(self) -> int:
         """Steps of recovery; none where nothing recovers."""
-        return self.steps * (2 if "twice" in self.parts else 1) if "recover" in self.changes else 0
+        return self.steps * (2 if TWICE in self.parts else 1) if "recover" in self.changes else 0
 
     @property
     def measured_once(self) -> bool:
@@ -121,7 +123,7 @@ class Cell:
     @property
     def learns_as(self) -> "Cell":
         """The cell with the same gates: itself without what only changes weights afterwards."""
-        return replace(self, variant="+".join(name for name in self.parts if name not in AFTERWARDS))
+        return replace(self, variant="+".join(name for name in self.parts if name not in (*AFTERWARDS, TWICE)))
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from cells import AFTERWARDS, BASELINES, LEARNED
 from results import Entry, Results, times_dense
 from tables import percent, tokens_title
 
-SHOWN = (*LEARNED, *BASELINES, *(f"deterministic+{variant}" for variant in (*AFTERWARDS, "refit+lora", "once")))
+_CHANGED = ("deterministic+once", "sensitivity+lora", "sensitivity+lora+twice")
+SHOWN = (*LEARNED, *BASELINES, *(f"deterministic+{variant}" for variant in (*AFTERWARDS, "refit+lora")), *_CHANGED)
 """Labels that the first plot draws; the tables have them all."""
 COLOURS = {label: plt.get_cmap("tab20")(i) for i, label in enumerate(SHOWN)}
 MARKERS = {label: "o" if label in LEARNED else "x" if label in BASELINES else "^" for label in SHOWN}

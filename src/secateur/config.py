@@ -68,13 +68,13 @@ class Config:
     """Of a sweep, export the smallest size that is good enough: `loss<=1.05` (times the unpruned model's on held-out
     text), `perplexity<=1.3`; or the best that is small enough: `params<=0.7`, `flops<=0.7`; or both, with commas."""
     method: Method | Literal["auto"] = "auto"
-    """How the units to keep are found. `auto`: `deterministic`, the method of the paper; with `--recover`, `sensitivity`
-    (but for `--gates`, `--sweep` and the paper's recipe), since weights make up for more than gates. The others are
-    baselines over the same units, budget and text. Gates are learned otherwise with `hard-concrete` (noise), `hard-concrete-deterministic`
-    (none), `hard-concrete-expanded` (gates above 1) and `grasprune` (a hard mask at every step). Units are scored once,
-    and nothing is learned, with `sensitivity` (what learning starts from), `magnitude`, `wanda-sp`, `flap`,
-    `taylor-element` and `taylor-vector`; of mixtures, experts with `frequency` and `reap`, their channels with
-    `camera`."""
+    """How the units to keep are found. `auto`: `deterministic`, the paper's method; with `--recover`, `sensitivity`
+    (but for `--gates`, `--guard`, `--sweep` and the paper's recipe): weights gain more than gates. The others are
+    baselines over the same units, budget and text. Gates are learned otherwise with `hard-concrete` (noise),
+    `hard-concrete-deterministic` (none), `hard-concrete-expanded` (gates above 1) and `grasprune` (a hard mask at every
+    step). Units are scored once, and nothing is learned, with `sensitivity` (what learning starts from), `magnitude`,
+    `wanda-sp`, `flap`, `taylor-element` and `taylor-vector`; of mixtures, experts with `frequency` and `reap`, their
+    channels with `camera`."""
     units: Annotated[tuple[Kind, ...], tyro.conf.arg(aliases=("--only",))] = ()
     """What to prune: `heads` (or what `--attention-unit` says), `channels` of MLPs, `expert_channels`,
     `shared_channels` of shared experts; or `attention`, and `mlp` for all channels that there are. Default: the
@@ -224,7 +224,7 @@ class Config:
     def __post_init__(self) -> None:
         """Settles the method. Raises InputError for settings that are out of range or contradict each other."""
         if self.method == "auto":
-            learned = not self.recover or self.gates or self.sweep or self.recipe == "paper"
+            learned = not self.recover or self.gates or self.guard or self.sweep or self.recipe == "paper"
             self.method = "deterministic" if learned else "sensitivity"
         timed = self.latency_table is not None
         self.sparsity, self.budget = what_is_asked(self.sparsity, self.budget, timed, self.sweep)
