@@ -248,6 +248,8 @@ def test_recovery_takes_the_time_of_learning_too_where_nothing_was_learned(dense
     out = tmp_path / "run"
     assert secateur(*prune_arguments(dense, text, out, recover="full")) == 0
     assert len((out / "recover.jsonl").read_text().splitlines()) == 16 and not (out / "metrics.jsonl").exists()
+    said = capsys.readouterr().out
+    assert "scoring units by sensitivity" in said and "learning gates" not in said and "step 16/16" in said
     config = (out / "config.yaml").read_text()
     assert "method: sensitivity\n" in config and "recover_steps: null\n" in config
     card = (out / "model" / "README.md").read_text()

@@ -57,7 +57,9 @@ class Screen(Listener):
         """A stage begins."""
         check()
         self._end()
-        self.bars.console.print(f"[bold]{name}[/bold]  {TITLES[name]}")
+        scored = name == "learn" and self.config.method in ONE_SHOT
+        title = f"scoring units by {self.config.method}" if scored else TITLES[name]
+        self.bars.console.print(f"[bold]{name}[/bold]  {title}", soft_wrap=True)
 
     def step(self, step: Step) -> None:
         """A learning step is done."""
