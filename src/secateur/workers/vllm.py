@@ -31,10 +31,8 @@ def attention(dtype: str) -> dict[str, Any]:
     """The kernels of attention that must be asked for, by the names of the engine's arguments: where a processor has
     AMX, vLLM 0.32 takes those for DeepSeek's attention that know bfloat16 only, whatever the dtype."""
     from vllm.platforms import current_platform
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    unfit = dtype != "bfloat16" and current_platform.is_cpu() and "CPU_MLA" in AttentionBackendEnum.__members__
-    return {"attention_backend": "CPU_MLA"} if unfit else {}
+    return {"attention_backend": "CPU_MLA"} if dtype != "bfloat16" and current_platform.is_cpu() else {}
 
 
 def fitting(sequences: float | None, length: int, blocks: int, block: int) -> int:
