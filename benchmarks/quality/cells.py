@@ -169,11 +169,11 @@ def _study(model: str) -> list[Cell]:
 
 
 def _recovered(model: str) -> list[Cell]:
-    """What weights are trained from, by more seeds, and from scored sets for as long as learning would have taken."""
-    sides = product((0.5, 0.2), ("sensitivity", "deterministic"), (1, 2))
-    cells = [Cell(model, "sensitivity", s, STEPS_100K, variant="lora+twice") for s in (0.5, 0.2)]
-    cells += [Cell(model, m, s, seed=seed, variant="lora") for s, m, seed in sides]
-    cells += [Cell(model, "sensitivity", s, seed=n, variant="lora+twice") for s, n in product((0.5, 0.2), (0, 1, 2))]
+    """What weights are trained from, by another seed, and from scored sets for as long as learning would have taken."""
+    sides = product((0.5, 0.2), ("sensitivity", "deterministic"))
+    cells = [Cell(model, m, s, seed=1, variant="lora") for s, m in sides]
+    cells += [Cell(model, "sensitivity", 0.5, seed=1, variant="lora+twice")]
+    cells += [Cell(model, "sensitivity", s, STEPS_100K, variant="lora+twice") for s in (0.5, 0.2)]
     variants = product((1, 2), ("", "lora+twice"))
     return cells + [Cell(model, "sensitivity", 0.5, STEPS_100K, seed=n, variant=v) for n, v in variants]
 
@@ -215,9 +215,7 @@ def _is_later(cell: Cell) -> bool:
 
 def _main_rows(model: str) -> list[Cell]:
     methods = ("deterministic", "sensitivity", "flap", "wanda-sp", "hard-concrete", "grasprune")
-    cells = _both_ways([Cell(model, m, s) for s, m in product((0.2, 0.5), methods)])
-    recovered = product((0.5, 0.2), (("deterministic", "lora"), ("sensitivity", "lora"), ("sensitivity", "lora+twice")))
-    return cells + [Cell(model, m, s, variant=variant) for s, (m, variant) in recovered]
+    return _both_ways([Cell(model, m, s) for s, m in product((0.2, 0.5), methods)])
 
 
 def _mixture(model: str) -> list[Cell]:
