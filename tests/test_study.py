@@ -12,7 +12,7 @@ import judge
 import report
 import study as runner
 from cells import Cell, cells_of
-from results import read_results
+from results import Margin, read_results
 from runs import random_tokens, write_checkpoint
 from secateur.config import Config
 from secateur.files import read_json, write_json
@@ -250,6 +250,7 @@ def test_a_margin_counts_only_beyond_the_spread_over_seeds(studied, tmp_path):
     assert "| sensitivity | +2.0 % | +2.0 % |" in rows
     assert "| grasprune | **+3.3 ± 0.0 %** | **+3.3 ± 0.0 %** |" in rows, "every seed says the same"
     assert "| hard-concrete | −4.8 ± 8.2 % | −4.8 ± 8.2 % |" in rows, "seeds do not agree"
+    assert Margin((-0.10, -0.11)).counts(0.5) and not Margin((-0.10, -0.14)).counts(0.01), "two of them"
 
 
 def test_rows_measured_once_are_held_against_the_default_measured_once(studied, tmp_path):

@@ -17,7 +17,7 @@ Read = Callable[[Result], float]
 NOISE_FACTOR = 2 * math.sqrt(2)
 """A margin counts from this many standard deviations over seeds on: two, of a difference of two noisy figures."""
 
-STUDENT_T = {3: 4.303, 4: 3.182, 5: 2.776}
+STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 """Number of pairs → the quantile of Student's t for a confidence of 95 % on both sides."""
 
 
@@ -81,8 +81,8 @@ class Margin:
         return statistics.stdev(self.logs) if len(self.logs) > 1 else None
 
     def counts(self, noise: float | None) -> bool:
-        """Whether it is more than noise: that of pairs where there are three seeds, else that of the other row."""
-        if self.deviation is not None and len(self.logs) in STUDENT_T:
+        """Whether it is more than noise: that of pairs where there are several seeds, else that of the other row."""
+        if self.deviation is not None:
             return abs(self.mean) > STUDENT_T[len(self.logs)] * self.deviation / math.sqrt(len(self.logs))
         return noise is not None and abs(self.mean) > noise
 

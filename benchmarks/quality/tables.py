@@ -90,7 +90,7 @@ def margins_table(results: Results, sparsity: float, reference: str = DEFAULT, s
     whose sensitivity was measured once are held against `ONCE`, all rows where it is the only default that was run.
 
     Bold where the margin exceeds the noise: for rows of one seed that of the default, which the first row states; for
-    rows of three seeds that of their pairs, whose standard deviation follows the mean.
+    rows of several seeds that of their pairs, whose standard deviation follows the mean.
     """
     tokens = Cell("", DEFAULT, sparsity, steps).tokens
     reads = [times_dense(text) for text in TEXTS]
