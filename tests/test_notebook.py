@@ -22,7 +22,7 @@ def test_the_notebook_runs_and_shows_tables_and_plots(tmp_path: Path) -> None:
     (tmp_path / ".cache").symlink_to(ROOT / ".cache")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbformat.validate(notebook)
-    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    nbclient.NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": str(tmp_path)}}).execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     shown = [output.data for output in outputs if output.output_type in ("display_data", "execute_result")]
     inspected, pruned = (data["text/html"] for data in shown if "text/html" in data)
