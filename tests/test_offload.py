@@ -256,7 +256,7 @@ def test_what_makes_no_sense_is_one_line(made, tmp_path, capsys):
     said = complaint(capsys, *prune_arguments(*made[:2], tmp_path / "a", offload="cpu", device="cpu"))
     assert "--offload cpu is for accelerators" in said and "--offload disk" in said
     said = complaint(capsys, *prune_arguments(*made[:2], tmp_path / "b", offload="disk", method="magnitude"))
-    assert "--offload is for learning" in said
+    assert "--offload is a setting of learning" in said
     said = complaint(capsys, *prune_arguments(*made[:2], tmp_path / "c", offload="disk"), "--shard")
     assert "leave it or --offload out" in said
 
