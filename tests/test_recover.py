@@ -260,6 +260,17 @@ def test_recovery_takes_the_time_of_learning_too_where_nothing_was_learned(dense
     assert len((tmp_path / "learned" / "recover.jsonl").read_text().splitlines()) == 8
 
 
+def test_what_a_killed_process_left_of_a_recovery_that_is_done_is_known_as_such(dense, text, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpoints, "discard", lambda _self: None)
+        assert secateur(*prune_arguments(dense, text, out, recover="full")) == 0
+    weights = (out / "model/model.safetensors").read_bytes()
+    assert (out / "recovery").exists()
+    assert secateur("recover", out) == 0
+    assert (out / "model/model.safetensors").read_bytes() == weights and not (out / "recovery").exists()
+
+
 def test_recover_reruns_alone_with_its_own_options(run, capsys):
     before = load_file(run / "model" / "model.safetensors")
     assert "--recover lora" in complaint(capsys, "recover", run)

@@ -336,7 +336,7 @@ class Session:
     def recovered_before(self) -> bool:
         """Whether the states of recovery, gone then, are those of what the export has been updated with already."""
         run, updates = self.run, updates_of(self.run.model)
-        steps, after = self.config.recover_steps or self.config.steps, tuple(updates[:-1])
+        steps, after = self.config.recovery_steps, tuple(updates[:-1])
         return bool(updates) and self.checkpoints(run.recovery).left_over(steps, f"after={after})")
 
     def held_out_loss(
