@@ -92,13 +92,13 @@ def test_nested_values_are_named_by_dots_and_a_list_of_one_by_its_name():
 # --- TensorBoard -----------------------------------------------------------------------------------------------------
 
 
+LEARNED_THEN_RECOVERED = {"method": "deterministic", "recover": "lora", "recover_steps": 4}
+
+
 def test_tensorboard_has_the_lines_of_metrics_and_the_final_figures(dense, text, tmp_path):
     run = tmp_path / "run"
     pytest.importorskip("tensorboard")
-    assert (
-        secateur(*arguments(dense, text, run, "tensorboard", method="deterministic", recover="lora", recover_steps=4))
-        == 0
-    )
+    assert secateur(*arguments(dense, text, run, "tensorboard", **LEARNED_THEN_RECOVERED)) == 0
     for name, file in (("learn", "metrics.jsonl"), ("recover", "recover.jsonl")):
         shown, rows = scalars(run / "tensorboard" / name), [flat(row) for row in lines(run / file)]
         assert set(shown) == {key for row in rows for key in row} - {"step"}
@@ -145,14 +145,7 @@ def both(first, second):
 
 def test_wandb_has_the_lines_of_metrics_and_the_final_figures(offline, dense, text, tmp_path):
     run = tmp_path / "run"
-    assert (
-        secateur(
-            *arguments(
-                dense, text, run, "wandb", "tensorboard", method="deterministic", recover="lora", recover_steps=4
-            )
-        )
-        == 0
-    )
+    assert secateur(*arguments(dense, text, run, "wandb", "tensorboard", **LEARNED_THEN_RECOVERED)) == 0
     history, summary, ids = records(run)
     learned, recovered = ([row for row in history if prefix + "step" in row] for prefix in ("", "recover/"))
     assert learned == [pytest.approx(flat(row)) for row in lines(run / "metrics.jsonl")]
