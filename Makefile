@@ -44,8 +44,11 @@ $(MODEL_2): | $(VENV)/.installed
 demo: install model
 	$(BIN)/python examples/demo.py $(MODEL)
 
+# JOBS=8 runs so many tests at once; the slow ones have the machine to themselves.
+JOBS ?= 2
 test: install model
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -m slow
 
 # vLLM wants its own versions of much, so it gets an environment of its own. Its CPU build cannot be imported beside the
 # torchvision that it asks for.

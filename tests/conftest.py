@@ -9,6 +9,7 @@ os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="secateur-modules-")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["TQDM_DISABLE"] = "1"  # as the command line sets it, but tests import tqdm first
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait leave the cores to the processes of other tests
 
 import pytest
 import torch

@@ -272,7 +272,10 @@ def test_changed_headers_are_read_or_refused(sources, name, change):
     sources[name].check(said_with(sources[name].content, change))
 
 
-@pytest.mark.parametrize("read", [read_sweep, read_pick, lambda word: read_budgets([word])], ids=str)
+READERS = {"sweep": read_sweep, "pick": read_pick, "budget": lambda word: read_budgets([word])}
+
+
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
 @fuzzed(
     word=st.text(alphabet="0123456789.:,=<eE-+paramskvunit@ \0µ", max_size=24) | st.sampled_from(["1e999999999:0.5"])
 )

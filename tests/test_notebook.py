@@ -16,6 +16,7 @@ def test_the_notebook_is_kept_without_outputs() -> None:
 
 
 @pytest.mark.real
+@pytest.mark.slow
 def test_the_notebook_runs_and_shows_tables_and_plots(tmp_path: Path) -> None:
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     assert MODEL.is_file(), f"{MODEL} is missing; `make model` fetches it"
