@@ -47,7 +47,7 @@ demo: install model
 # JOBS=8 runs so many tests at once; the slow ones have the machine to themselves.
 JOBS ?= 2
 test: install model
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not slow"
 	$(BIN)/python -m pytest -m slow
 
 # vLLM wants its own versions of much, so it gets an environment of its own. Its CPU build cannot be imported beside the
